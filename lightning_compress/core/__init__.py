@@ -1,1 +1,1 @@
-"""The nouns every method stands on: where (Select), when (Schedule), what was done (Edit, Journal), and the callback base."""
+"""The nouns every method stands on: where (Select), when (Schedule), what was done (Journal), and the callback base."""

@@ -1,0 +1,116 @@
+"""The journal travels inside the ``state_dict``: a hook writes it, a load hook replays what the model still lacks.
+
+That is the one place that works for ``fit(ckpt_path=...)``, ``test(ckpt_path=...)``, weights-only files and plain
+``load_state_dict``: a callback sees a checkpoint only after the strict load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.core.errors import JournalMismatchError
+from lightning_compress.core.journal import Edit, Journal
+from lightning_compress.core.paths import clean_path
+
+JOURNAL_KEY = "_compression_journal"
+"""Key of the journal in a ``state_dict``; there only when there are edits, so masks alone leave the keys untouched."""
+
+_ATTRIBUTE = "compression_journal"
+
+
+def install_hooks(root: nn.Module) -> None:
+    """Register the two ``state_dict`` hooks on ``root`` once; ``deepcopy`` and ``pickle`` keep them."""
+    if _own_journal(root) is None:
+        setattr(root, _ATTRIBUTE, Journal())
+        root.register_state_dict_post_hook(_write_journal)
+        root.register_load_state_dict_pre_hook(_replay_journal)
+
+
+def append_edit(root: nn.Module, edit: Edit) -> None:
+    """Append ``edit`` to the root's journal; for :func:`lightning_compress.core.verbs.apply` alone."""
+    setattr(root, _ATTRIBUTE, (_own_journal(root) or Journal()).add(edit))
+
+
+def journal_of(root: nn.Module) -> Journal:
+    """Return all edits of ``root``: its own, then those recorded on submodules, as paths from ``root``."""
+    return Journal(tuple(edit.at(path) for path, journal in _journals(root) for edit in journal))
+
+
+def _own_journal(module: nn.Module) -> Journal | None:
+    journal = vars(module).get(_ATTRIBUTE)
+    return journal if isinstance(journal, Journal) else None
+
+
+def _journals(root: nn.Module) -> Iterator[tuple[str, Journal]]:
+    for path, module in root.named_modules():
+        journal = _own_journal(module)
+        if journal is not None:
+            yield clean_path(path), journal
+
+
+def encode_journal(journal: Journal) -> Tensor:
+    """Return the journal as a one-dimensional ``uint8`` tensor of its UTF-8 JSON."""
+    return torch.frombuffer(bytearray(journal.to_json().encode()), dtype=torch.uint8)
+
+
+def decode_journal(tensor: Tensor) -> Journal:
+    """Undo :func:`encode_journal`.
+
+    Raises:
+        JournalMismatchError: If the tensor does not hold a journal.
+    """
+    if not isinstance(tensor, Tensor) or tensor.dtype != torch.uint8 or tensor.dim() != 1:
+        raise JournalMismatchError(f"the entry {JOURNAL_KEY!r} of the state_dict is not a journal; the file is damaged")
+    try:
+        return Journal.from_json(bytes(tensor.cpu().numpy()).decode())
+    except UnicodeDecodeError as error:
+        raise JournalMismatchError(f"the entry {JOURNAL_KEY!r} is not text: {error}; the file is damaged") from error
+
+
+def _write_journal(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+    journal = _own_journal(module)
+    if journal:
+        state_dict[prefix + JOURNAL_KEY] = encode_journal(journal)
+
+
+def _replay_journal(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    from lightning_compress.core.verbs import apply
+
+    current = _own_journal(module) or Journal()
+    written = state_dict.pop(prefix + JOURNAL_KEY, None)
+    if written is not None:
+        for edit in decode_journal(written).missing_from(current):
+            apply(module, edit)
+    elif current and strict:
+        raise JournalMismatchError(
+            f"this state_dict was saved before {len(current)} structure edits of the model (the first is "
+            f"{current.edits[0]!s}), so its tensors do not fit. Load it into a model that was built anew from its "
+            "class; to test an older checkpoint, do so before the edits, or on `callback.compressed`'s original"
+        )
+    _prepare_submodules(module, state_dict, prefix)
+
+
+def _prepare_submodules(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Install the hooks on submodules whose own journal stands in the ``state_dict`` (a compressed part of a model)."""
+    for key in state_dict:
+        if key.startswith(prefix) and key.endswith("." + JOURNAL_KEY):
+            path = key[len(prefix) : -len(JOURNAL_KEY) - 1]
+            try:
+                install_hooks(module.get_submodule(path))
+            except AttributeError:
+                raise JournalMismatchError(
+                    f"the state_dict holds edits for {path!r}, which {type(module).__name__} does not have"
+                ) from None
