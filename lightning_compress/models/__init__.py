@@ -1,1 +1,20 @@
-"""The networks that recipes and tests use."""
+"""Networks that recipes and tests use, and a LightningModule to train them."""
+
+from lightning_compress.models.classifier import ImageClassifier
+from lightning_compress.models.digits import DigitsCNN
+from lightning_compress.models.lenet import LeNet5, LeNet300100
+from lightning_compress.models.resnet import CifarResNet, resnet20, resnet32, resnet44, resnet56
+from lightning_compress.models.zoo import torchvision_model
+
+__all__ = [
+    "CifarResNet",
+    "DigitsCNN",
+    "ImageClassifier",
+    "LeNet5",
+    "LeNet300100",
+    "resnet20",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+    "torchvision_model",
+]

@@ -1,0 +1,36 @@
+"""A progress bar that appears only when work turns out to be long."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
+
+from rich.progress import Progress
+
+Item = TypeVar("Item")
+
+
+def slow(items: Iterable[Item], description: str, delay: float = 2.0) -> Iterator[Item]:
+    """Yield ``items``, with a progress bar once ``delay`` seconds have passed.
+
+    Args:
+        items: What is worked through; its length is used if it has one.
+        description: What the bar says.
+        delay: Seconds before the bar appears.
+
+    >>> list(slow([1, 2, 3], "Counting"))
+    [1, 2, 3]
+    """
+    total = len(items) if isinstance(items, Sized) else None
+    began, bar = time.monotonic(), Progress(transient=True)
+    task = bar.add_task(description, total=total)
+    try:
+        for done, item in enumerate(items):
+            if not bar.live.is_started and time.monotonic() - began > delay:
+                bar.start()
+            bar.update(task, completed=done)
+            yield item
+    finally:
+        if bar.live.is_started:
+            bar.stop()
