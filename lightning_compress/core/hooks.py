@@ -6,7 +6,7 @@ That is the one place that works for ``fit(ckpt_path=...)``, ``test(ckpt_path=..
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,26 @@ JOURNAL_KEY = "_compression_journal"
 
 _ATTRIBUTE = "compression_journal"
 
+Undo = Callable[[], None] | None
+"""Takes one edit back, as long as nothing was trained or loaded since; ``None`` where that is impossible."""
+
+_UNDO: dict[int, list[Undo]] = {}
+"""How to take back the newest edits of a root (by ``id``) between :func:`keep_undo` and :func:`forget_undo`."""
+
+
+def keep_undo(root: nn.Module) -> None:
+    """From now on remember how to take back edits of ``root``.
+
+    A callback cannot see in ``setup`` whether a checkpoint will follow. So it edits the model as it would for a fresh
+    run, and a checkpoint whose journal differs (ranks chosen from data) takes these edits back and replays its own.
+    """
+    _UNDO.setdefault(id(root), [])
+
+
+def forget_undo(root: nn.Module) -> None:
+    """Drop what :func:`keep_undo` remembers, and the replaced layers with it."""
+    _UNDO.pop(id(root), None)
+
 
 def install_hooks(root: nn.Module) -> None:
     """Register the two ``state_dict`` hooks on ``root`` once; ``deepcopy`` and ``pickle`` keep them."""
@@ -30,9 +50,11 @@ def install_hooks(root: nn.Module) -> None:
         root.register_load_state_dict_pre_hook(_replay_journal)
 
 
-def append_edit(root: nn.Module, edit: Edit) -> None:
+def append_edit(root: nn.Module, edit: Edit, undo: Undo = None) -> None:
     """Append ``edit`` to the root's journal; for :func:`lightning_compress.core.verbs.apply` alone."""
     setattr(root, _ATTRIBUTE, (_own_journal(root) or Journal()).add(edit))
+    if id(root) in _UNDO:
+        _UNDO[id(root)].append(undo)
 
 
 def journal_of(root: nn.Module) -> Journal:
@@ -92,7 +114,8 @@ def _replay_journal(
     current = _own_journal(module) or Journal()
     written = state_dict.pop(prefix + JOURNAL_KEY, None)
     if written is not None:
-        for edit in decode_journal(written).missing_from(current):
+        saved = decode_journal(written)
+        for edit in saved.missing_from(_take_back(module, current, saved)):
             apply(module, edit)
     elif current and strict:
         raise JournalMismatchError(
@@ -101,6 +124,19 @@ def _replay_journal(
             "class; to test an older checkpoint, do so before the edits, or on `callback.compressed`'s original"
         )
     _prepare_submodules(module, state_dict, prefix)
+
+
+def _take_back(module: nn.Module, current: Journal, saved: Journal) -> Journal:
+    """Undo the newest edits of ``current``, as far as that is possible and ``saved`` does not have them."""
+    remembered = _UNDO.get(id(module), [])
+    while remembered and current.edits != saved.edits[: len(current)]:
+        undo = remembered.pop()
+        if undo is None:
+            break
+        undo()
+        current = Journal(current.edits[:-1])
+        setattr(module, _ATTRIBUTE, current)
+    return current
 
 
 def _prepare_submodules(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:

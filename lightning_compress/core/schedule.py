@@ -159,8 +159,12 @@ class Schedule:
             )
         return tuple(checked)
 
-    def resolve(self, horizon: Horizon) -> Timeline:
+    def resolve(self, horizon: Horizon, clamp: bool = False) -> Timeline:
         """Return the schedule in optimizer updates of a given run.
+
+        Args:
+            horizon: The run's length.
+            clamp: Move times that lie after the run's last update onto it, for a trial run of a few batches.
 
         Raises:
             ConfigurationError: If it does not fit into the run; says which time, and how long the run is.
@@ -168,14 +172,16 @@ class Schedule:
         points = tuple((horizon.steps(time, "milestones"), amount) for time, amount in self.milestones)
         if points:
             start, end = points[0][0], points[-1][0]
-            if any(later[0] <= earlier[0] for earlier, later in itertools.pairwise(points)):
+            if any(b[0] <= a[0] for a, b in itertools.pairwise(points)):
                 raise ConfigurationError(f"`milestones` must rise in time; in optimizer steps they are {points}")
         else:
             start = horizon.steps(self.start, "start")
             end = start if self.shape == "once" else horizon.steps(self.end, "end")
         every = max(1, horizon.steps(self.every, "every")) if self.shape not in ("once", "milestones") else 1
         if horizon.total is not None:
-            last = horizon.total - 1
+            last = max(0, horizon.total - 1)
+            if clamp:
+                start, end = min(start, last), min(end, last)
             if end > horizon.total or start > last:
                 name, value = ("start", start) if start > last else ("end", end)
                 raise ConfigurationError(
@@ -198,6 +204,11 @@ class Timeline:
     end: int
     every: int
     points: tuple[tuple[int, float], ...] = ()
+
+    def __str__(self) -> str:
+        schedule, count = self.schedule, self.updates
+        when = f"{count} updates in optimizer steps {self.start} to {self.end}" if count > 1 else f"step {self.start}"
+        return f"{schedule.shape} from {schedule.initial:g} to {schedule.final:g}, {when}"
 
     def due(self, t: int) -> bool:
         """Return whether an update happens right after optimizer update ``t``."""

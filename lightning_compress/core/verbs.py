@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lightning_compress.core.errors import CompressionError, ConfigurationError, did_you_mean
-from lightning_compress.core.hooks import append_edit, install_hooks
+from lightning_compress.core.hooks import Undo, append_edit, install_hooks
 from lightning_compress.core.journal import Edit
 from lightning_compress.core.paths import get_layer, set_layer
 
@@ -63,7 +63,7 @@ def apply(root: nn.Module, edit: Edit) -> None:
     """
     layer = get_layer(root, edit.path)
     try:
-        _VERBS[edit.verb](root, layer, edit)
+        undo = _VERBS[edit.verb](root, layer, edit)
     except CompressionError:
         raise
     except Exception as error:
@@ -71,7 +71,7 @@ def apply(root: nn.Module, edit: Edit) -> None:
             f"{edit!s} ({type(layer).__name__}) failed: {type(error).__name__}: {error}; config was {dict(edit.config)}"
         ) from error
     install_hooks(root)
-    append_edit(root, edit)
+    append_edit(root, edit, undo)
 
 
 def _builder(edit: Edit) -> Builder:
@@ -85,19 +85,27 @@ def _builder(edit: Edit) -> Builder:
         ) from None
 
 
-def _replace(root: nn.Module, layer: nn.Module, edit: Edit) -> None:
+def _replace(root: nn.Module, layer: nn.Module, edit: Edit) -> Undo:
     new = _builder(edit)(layer, **edit.config)
     new.train(layer.training)
     set_layer(root, edit.path, new)
+    return lambda: set_layer(root, edit.path, layer)
 
 
-def _parametrize(root: nn.Module, layer: nn.Module, edit: Edit) -> None:
+def _parametrize(root: nn.Module, layer: nn.Module, edit: Edit) -> Undo:
     config = dict(edit.config)
     tensor = config.pop("tensor", "weight")
     parametrize.register_parametrization(layer, tensor, _builder(edit)(layer, **config))
+    if len(list(layer.get_submodule(f"parametrizations.{tensor}").children())) > 1:
+        return None  # removal would drop the earlier parametrizations of this tensor too
+
+    def undo() -> None:
+        parametrize.remove_parametrizations(layer, tensor, leave_parametrized=False)
+
+    return undo
 
 
-def _bake(root: nn.Module, layer: nn.Module, edit: Edit) -> None:
+def _bake(root: nn.Module, layer: nn.Module, edit: Edit) -> Undo:
     """Merge a parametrization into its tensor, or put what ``layer.to_dense()`` returns in the layer's place."""
     tensor = edit.config.get("tensor")
     if tensor is not None:
@@ -106,7 +114,7 @@ def _bake(root: nn.Module, layer: nn.Module, edit: Edit) -> None:
                 f"`tensor` is {tensor!r}: nothing is parametrized under that name at {edit.path!r}"
             )
         parametrize.remove_parametrizations(layer, tensor, leave_parametrized=True)
-        return
+        return None
     to_dense = getattr(layer, "to_dense", None)
     if to_dense is None:
         raise ConfigurationError(
@@ -114,9 +122,10 @@ def _bake(root: nn.Module, layer: nn.Module, edit: Edit) -> None:
             "name a parametrized tensor in `config={'tensor': ...}` instead"
         )
     set_layer(root, edit.path, to_dense())
+    return lambda: set_layer(root, edit.path, layer)
 
 
-def _slice(root: nn.Module, layer: nn.Module, edit: Edit) -> None:
+def _slice(root: nn.Module, layer: nn.Module, edit: Edit) -> Undo:
     """Keep the given indices of each named tensor, and set the integer attributes that describe its size."""
     tensors: Mapping[str, Mapping[str, Any]] = edit.config.get("tensors", {})
     attributes: Mapping[str, Any] = edit.config.get("attributes", {})
@@ -132,12 +141,16 @@ def _slice(root: nn.Module, layer: nn.Module, edit: Edit) -> None:
                 f"is {now!r} and would become {value!r}"
             )
     kept = {name: _kept(own[name], name, dims) for name, dims in tensors.items()}
+    before = {**{name: own[name] for name in tensors}, **{name: getattr(layer, name) for name in attributes}}
     for name, value in kept.items():
         if isinstance(own[name], nn.Parameter):
-            setattr(layer, name, nn.Parameter(value, requires_grad=own[name].requires_grad))
-        else:
-            setattr(layer, name, value)
-    for name, value in attributes.items():
+            kept[name] = nn.Parameter(value, requires_grad=own[name].requires_grad)
+    _set_all(layer, {**kept, **attributes})
+    return lambda: _set_all(layer, before)
+
+
+def _set_all(layer: nn.Module, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
         setattr(layer, name, value)
 
 
@@ -179,7 +192,7 @@ def expand_ranges(ranges: Sequence[int | Sequence[int]]) -> list[int]:
     return indices
 
 
-_VERBS: dict[str, Callable[[nn.Module, nn.Module, Edit], None]] = {
+_VERBS: dict[str, Callable[[nn.Module, nn.Module, Edit], Undo]] = {
     "replace": _replace,
     "parametrize": _parametrize,
     "bake": _bake,

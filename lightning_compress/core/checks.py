@@ -1,0 +1,55 @@
+"""What a Trainer must and must not be for compression callbacks; refused before anything changes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+from lightning_compress.core.clock import callbacks_of
+from lightning_compress.core.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from lightning_compress.core.callback import CompressionCallback
+
+_SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+
+
+def check_trainer(callback: CompressionCallback, trainer: Trainer) -> None:
+    """Raise if ``callback`` cannot work with this Trainer's strategy or its other callbacks.
+
+    Raises:
+        ConfigurationError: For a sharded strategy, a second callback with the same key, a callback that conflicts, or
+            one on the wrong side of this one.
+    """
+    if isinstance(trainer.strategy, _SHARDED):
+        raise ConfigurationError(
+            f"{callback.state_key} needs whole weights on every process, but `strategy` is "
+            f"{type(trainer.strategy).__name__}, which shards them; use strategy='ddp' or a single device"
+        )
+    from lightning_compress.core.callback import CompressionCallback
+
+    callbacks = callbacks_of(trainer)
+    mine = callbacks.index(callback)
+    for position, other in enumerate(callbacks):
+        if other is callback:
+            continue
+        if isinstance(other, CompressionCallback) and other.state_key == callback.state_key:
+            raise ConfigurationError(
+                f"two callbacks share the key {callback.state_key!r}, so a checkpoint could not tell them apart; "
+                "give each its own `name`"
+            )
+        if isinstance(other, callback.conflicts_with):
+            raise ConfigurationError(
+                f"{callback.state_key} and {type(other).__name__} change the same weights; remove one of them"
+            )
+        wrong = (isinstance(other, callback.runs_after) and position > mine) or (
+            isinstance(other, callback.runs_before) and position < mine
+        )
+        if wrong:
+            first, second = (other, callback) if position > mine else (callback, other)
+            raise ConfigurationError(
+                f"`callbacks` has {type(callback).__name__} and {type(other).__name__} in the wrong order: put "
+                f"{type(first).__name__} before {type(second).__name__}"
+            )

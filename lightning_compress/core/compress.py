@@ -1,0 +1,53 @@
+"""Compress a trained model in one call, with the same methods that a Trainer takes as callbacks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Protocol
+
+from torch import nn
+
+from lightning_compress.core.errors import ConfigurationError
+
+
+class Method(Protocol):
+    """What :func:`compress` needs of a method; every compression callback has it."""
+
+    def run_once(self, model: nn.Module) -> nn.Module:
+        """Compress ``model`` in place, straight to the final amount."""
+        ...
+
+
+def compress(model: nn.Module, *methods: Method, inplace: bool = False) -> Any:
+    """Apply ``methods`` to a trained ``model``, one after the other, without a Trainer.
+
+    Args:
+        model: Any module; a LightningModule is fine, attached to a Trainer or not.
+        methods: Compression callbacks, such as ``IterativePruning(0.9)``; their schedule's final amount counts.
+        inplace: Change ``model`` itself instead of a deep copy.
+
+    Returns:
+        The compressed module, of the same class as ``model``. ``save_compressed`` writes it to a file.
+
+    Raises:
+        ConfigurationError: If no method is given, or one is not a method.
+
+    >>> import torch
+    >>> from lightning_compress import IterativePruning, compress
+    >>> net = torch.nn.Sequential(torch.nn.Linear(10, 10), torch.nn.Linear(10, 2))
+    >>> int((compress(net, IterativePruning(0.8))[0].weight == 0).sum())
+    80
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
+    for method in methods:
+        if not callable(getattr(method, "run_once", None)):
+            raise ConfigurationError(
+                f"`methods` must be compression callbacks such as IterativePruning(0.9), got {method!r}"
+            )
+    if not methods:
+        raise ConfigurationError("`methods` is empty: give at least one, such as IterativePruning(0.9)")
+    compressed = model if inplace else copy.deepcopy(model)
+    for method in methods:
+        method.run_once(compressed)
+    return compressed
