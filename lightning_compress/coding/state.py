@@ -1,0 +1,87 @@
+"""A whole ``state_dict`` in packed form: tensors that share memory are stored once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lightning_compress.coding.packing import Packed, is_plain, pack, unpack
+from lightning_compress.core.errors import ArtifactError, ConfigurationError, did_you_mean
+
+ALIAS = "alias"
+"""Packing of a tensor that another key holds; its config is ``{"of": key}`` and it has no parts."""
+
+
+def pack_state(state: Mapping[str, Tensor]) -> dict[str, Packed]:
+    """Pack every tensor; a key that shows the same memory as an earlier one becomes an alias.
+
+    Raises:
+        ConfigurationError: For an entry that is no tensor, or one that :func:`~.packing.pack` refuses; names the key.
+
+    >>> import torch
+    >>> weight = torch.ones(3, 2)
+    >>> [packed.packing for packed in pack_state({"encoder": weight, "decoder": weight}).values()]
+    ['dense', 'alias']
+    """
+    packed: dict[str, Packed] = {}
+    first: dict[tuple[object, ...], str] = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ConfigurationError(
+                f"the state_dict entry {key!r} is {type(value).__name__}, not a tensor: a compressed file holds "
+                "tensors only; return a tensor from `get_extra_state`, or make it a buffer"
+            )
+        memory = _memory(value)
+        if memory is not None and memory in first:
+            packed[key] = Packed(ALIAS, {}, {"of": first[memory]})
+            continue
+        try:
+            packed[key] = pack(value)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"the state_dict entry {key!r}: {error}") from error
+        if memory is not None:
+            first[memory] = key
+    return packed
+
+
+def unpack_state(packed: Mapping[str, Packed]) -> dict[str, Tensor]:
+    """Undo :func:`pack_state`; an alias gives the very tensor it stands for.
+
+    Raises:
+        ArtifactError: If an entry cannot be unpacked; names the key.
+    """
+    state: dict[str, Tensor] = {}
+    for key, entry in packed.items():
+        if entry.packing == ALIAS:
+            continue
+        try:
+            state[key] = unpack(entry)
+        except ArtifactError as error:
+            raise ArtifactError(f"the tensor {key!r}: {error}") from error
+    return {key: state[source(packed, key)] for key in packed}
+
+
+def source(packed: Mapping[str, Packed], key: str) -> str:
+    """Return the key that holds the parts of ``key``: itself, or what its alias names.
+
+    Raises:
+        ArtifactError: If an alias names no stored tensor.
+    """
+    if packed[key].packing != ALIAS:
+        return key
+    of = packed[key].config.get("of")
+    if not isinstance(of, str) or of not in packed or packed[of].packing == ALIAS:
+        stored = [name for name, entry in packed.items() if entry.packing != ALIAS]
+        raise ArtifactError(
+            f"the tensor {key!r} is an alias of {of!r}, which is not stored; {did_you_mean(str(of), stored)}"
+        )
+    return of
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...] | None:
+    """Return what two views of the same elements have in common, or ``None`` where there is nothing to share."""
+    if not is_plain(tensor) or tensor.numel() == 0:
+        return None
+    where = (str(tensor.device), tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+    return (*where, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg())
