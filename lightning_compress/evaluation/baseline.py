@@ -1,0 +1,118 @@
+"""A model's structure without its weights: kept while a model is compressed, so that the two can be compared later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.hooks import install_hooks
+from lightning_compress.evaluation.isolation import structure_copy, tensors_in
+from lightning_compress.evaluation.measurement import Measurement
+
+
+def take_skeleton(model: nn.Module) -> nn.Module:
+    """Return a copy with parameters on the ``meta`` device, which take no memory, and real copies of the buffers.
+
+    >>> skeleton = take_skeleton(nn.BatchNorm1d(3))
+    >>> skeleton.weight.is_meta, skeleton.running_var
+    (True, tensor([1., 1., 1.]))
+    """
+    return structure_copy(model, lambda t: t.to("meta") if isinstance(t, nn.Parameter) else t.detach().clone())
+
+
+def fill_skeleton(skeleton: nn.Module, device: torch.device) -> nn.Module:
+    """Give a skeleton weights that cost as much time as trained ones: random, of a scale that keeps activations normal.
+
+    Args:
+        skeleton: What :func:`take_skeleton` returned; it is not changed.
+        device: Where the weights go.
+
+    Returns:
+        A copy that can be run. Its outputs mean nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def fill(tensor: Tensor) -> Tensor:
+        if not tensor.is_meta:
+            return tensor.to(device, copy=True)
+        if tensor.dim() < 2 or not tensor.is_floating_point():
+            return torch.ones(tensor.shape, dtype=tensor.dtype, device=device)
+        scale = (tensor.numel() / tensor.shape[0]) ** -0.5
+        return (torch.randn(tensor.shape, generator=generator) * scale).to(device, tensor.dtype)
+
+    return structure_copy(skeleton, fill)
+
+
+def load_baseline(skeleton: nn.Module, path: str | Path, device: torch.device) -> nn.Module:
+    """Return the model of a Lightning checkpoint, built on a skeleton of the same class.
+
+    Args:
+        skeleton: What :func:`take_skeleton` returned; it is not changed.
+        path: A checkpoint of ``Trainer.save_checkpoint`` or a file of a ``state_dict``.
+        device: Where the weights go.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigurationError: If the file cannot be read or its weights do not fit.
+    """
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a foreign file can raise almost anything
+        raise ConfigurationError(f"`baseline`: {str(path)!r} is not a checkpoint that can be read: {error}") from error
+    state: Mapping[str, Any] = content.get("state_dict", content) if isinstance(content, Mapping) else {}
+    model = fill_skeleton(skeleton, device)
+    install_hooks(model)
+    try:
+        model.load_state_dict(dict(state))
+    except (RuntimeError, ValueError) as error:
+        raise ConfigurationError(
+            f"`baseline`: the weights in {str(path)!r} do not fit {type(model).__name__}: {error}"
+        ) from error
+    return model
+
+
+def combine(structure: Measurement, values: Measurement | None) -> Measurement:
+    """Return the structural figures of one measurement with what an earlier one knew about the weights.
+
+    Args:
+        structure: Measured on a skeleton, with operations.
+        values: Measured on the weights, without operations.
+
+    Returns:
+        Everything that is known.
+    """
+    if values is None:
+        return structure
+    layers = {
+        path: replace(layer, nonzero=values.layers[path].nonzero if path in values.layers else layer.nonzero)
+        for path, layer in structure.layers.items()
+    }
+    reasons = dict(values.reasons)
+    reasons.pop("macs", None)
+    if "macs" in structure.reasons:
+        reasons["macs"] = structure.reasons["macs"]
+    return replace(values, macs=structure.macs, layers=layers, reasons=reasons)
+
+
+def first_sample(batch: Any) -> Any:
+    """Return the inputs of a batch's first sample, as a batch of one: of its first element if it is a tuple or list.
+
+    >>> first_sample((torch.zeros(8, 3), torch.zeros(8))).shape
+    torch.Size([1, 3])
+    """
+    inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(inputs, Tensor) or inputs.dim() == 0:
+        first = next(tensors_in(inputs), None)
+        found = "nothing" if first is None else f"a {type(inputs).__name__}"
+        raise ConfigurationError(
+            f"`example_inputs`: a batch of the loader starts with {found}, not with a tensor of inputs. Pass them."
+        )
+    return inputs[:1]

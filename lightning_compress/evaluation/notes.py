@@ -1,0 +1,167 @@
+"""The sentences of a report that answer "why is it not smaller?" and "why is it not faster?"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning_compress.evaluation.latency import Latency
+from lightning_compress.evaluation.measurement import Measurement
+
+_NAMES = {
+    "metrics": "metrics",
+    "parameters": "parameters",
+    "nonzero_parameters": "non-zero parameters",
+    "macs": "MACs",
+    "dense_bytes": "size",
+    "gzip_bytes": "gzip size",
+    "latency": "latency",
+    "prediction_flip_rate": "prediction flip rate",
+}
+
+
+def explain(
+    report: Mapping[str, Any], baseline: Measurement | None, compressed: Measurement, flip_reason: str = ""
+) -> list[str]:
+    """Return the notes of a report; each follows from a condition on its figures, none is a guess.
+
+    Args:
+        report: The report's figures (see the keys of ``report.json``), ``notes`` excepted.
+        baseline: The measured baseline, for its spread and for the reasons of what is unknown.
+        compressed: The measured compressed model.
+        flip_reason: Why the prediction flip rate is unknown; empty if it is known.
+
+    Returns:
+        Sentences, the ones about size first, then speed, then what is unknown.
+    """
+    rules: list[Callable[[Mapping[str, Any]], str]] = [
+        zeros_keep_shapes,
+        file_is_packed,
+        file_is_not_smaller,
+        against_gzip,
+        fewer_macs_same_time,
+    ]
+    notes = [rule(report) for rule in rules]
+    notes.append(within_noise(baseline.latency if baseline else None, compressed.latency))
+    notes.extend(disturbed(who, part) for who, part in (("baseline", baseline), ("compressed", compressed)) if part)
+    if baseline is None:
+        notes.append("Nothing is known about a baseline, so there are no rates; pass `baseline` to get them.")
+    notes.extend(_unknown(baseline, compressed))
+    if flip_reason:
+        notes.append(f"The prediction flip rate is unknown: {flip_reason}.")
+    return [note for note in notes if note]
+
+
+def zeros_keep_shapes(report: Mapping[str, Any]) -> str:
+    """Say why zeros alone make nothing faster: if over 1 % of the parameters became zero and every shape is kept."""
+    before, after = report["baseline"], report["compressed"]
+    total, nonzero = after["parameters"], after["nonzero_parameters"]
+    if not total or nonzero is None or before["parameters"] != total or before["nonzero_parameters"] is None:
+        return ""
+    if before["nonzero_parameters"] - nonzero < 0.01 * total or before["macs"] != after["macs"]:
+        return ""
+    whole = f"{1 - nonzero / total:.1%} of all parameters"
+    selected = _selected_sparsity(report)
+    share = whole if selected is None else f"{selected:.1%} of the selected weights ({whole})"
+    return (
+        f"{share} are zero, but every layer keeps its shape: dense kernels multiply zeros too, so MACs and latency "
+        "do not fall. Structured pruning, which removes whole channels, or a sparse runtime would make it faster."
+    )
+
+
+def file_is_packed(report: Mapping[str, Any]) -> str:
+    """Say that only the file is small: if it is under 95 % of the dense file of the same compressed model."""
+    after = report["compressed"]
+    artifact, dense = after["artifact_bytes"], after["dense_bytes"]
+    if artifact is None or dense is None or artifact >= 0.95 * dense:
+        return ""
+    bits = after["encoded_bits"]
+    index = f", {bits['indices'] / 8 / artifact:.0%} of it marks where they belong" if bits and bits["indices"] else ""
+    return (
+        f"The file takes {artifact:,} bytes because it stores only the values that are needed{index}; "
+        f"once loaded, the model takes {dense:,} bytes of memory again."
+    )
+
+
+def file_is_not_smaller(report: Mapping[str, Any]) -> str:
+    """Say why the file did not shrink: if it takes over 95 % of the dense baseline."""
+    artifact, dense = report["compressed"]["artifact_bytes"], report["baseline"]["dense_bytes"]
+    if artifact is None or not dense or artifact < 0.95 * dense:
+        return ""
+    total, nonzero = report["compressed"]["parameters"], report["compressed"]["nonzero_parameters"]
+    text = f"The file is not smaller than the dense baseline ({artifact:,} against {dense:,} bytes)"
+    if total and nonzero is not None and nonzero > 0.95 * total:
+        return f"{text}: {nonzero / total:.1%} of the parameters are not zero, so there is little to leave out."
+    bits = report["compressed"]["encoded_bits"]
+    if bits and bits["other"] > 4 * artifact:
+        return f"{text}: names, shapes and other overhead make up {bits['other'] / 8 / artifact:.0%} of it."
+    return f"{text}."
+
+
+def against_gzip(report: Mapping[str, Any]) -> str:
+    """Compare the file with what gzip alone makes of the compressed model's dense file, if both are known."""
+    artifact, packed = report["compressed"]["artifact_bytes"], report["compressed"]["gzip_bytes"]
+    if artifact is None or not packed:
+        return ""
+    change = artifact / packed - 1
+    if abs(change) < 0.005:
+        return f"gzip -6 on the dense file of the compressed model gives the same size ({packed:,} bytes)."
+    word = "smaller" if change < 0 else "larger"
+    return (
+        f"The file is {abs(change):.0%} {word} than the dense file of the compressed model under gzip -6 ({packed:,})."
+    )
+
+
+def fewer_macs_same_time(report: Mapping[str, Any]) -> str:
+    """Say why fewer operations are not less time: if MACs fell by over 5 % and the time fell by less than 5 %."""
+    before, after, speedup = report["baseline"]["macs"], report["compressed"]["macs"], report["speedup_rate"]
+    if not before or after is None or speedup is None or after > 0.95 * before or speedup > 1.05:
+        return ""
+    return (
+        f"MACs fell by {1 - after / before:.0%} but the time did not: at this size the cost of each call and of moving "
+        "memory outweighs the arithmetic. A larger batch, or channel numbers in multiples of 8, shows more of it."
+    )
+
+
+def within_noise(before: Latency | None, after: Latency | None) -> str:
+    """Say that two latencies cannot be told apart: if the ranges from p10 to p90 overlap."""
+    if before is None or after is None or max(before.p10, after.p10) > min(before.p90, after.p90):
+        return ""
+    return (
+        f"The latencies are equal within the measured spread (p10 to p90: {before.p10:.3g} to {before.p90:.3g} ms "
+        f"before, {after.p10:.3g} to {after.p90:.3g} ms after), so the speed-up rate of "
+        f"{before.median / after.median:.2f} shows no difference."
+    )
+
+
+def disturbed(who: str, part: Measurement) -> str:
+    """Say that a latency was measured on a busy machine, if it was."""
+    if part.latency is None or not part.latency.noisy:
+        return ""
+    return (
+        f"The latency of the {who} model was disturbed by other work on this machine "
+        f"({part.latency.repeats} repeats); measure again on a quiet one before relying on it."
+    )
+
+
+def _selected_sparsity(report: Mapping[str, Any]) -> float | None:
+    for record in reversed(report["history"]):
+        if isinstance(record.get("sparsity"), int | float):
+            return float(record["sparsity"])
+    return None
+
+
+def _unknown(baseline: Measurement | None, compressed: Measurement) -> list[str]:
+    parts = [("baseline", baseline), ("compressed model", compressed)]
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for who, part in parts:
+        for key, reason in (part.reasons if part is not None else {}).items():
+            reasons.setdefault((key, reason), []).append(who)
+    return [
+        f"The {_NAMES[key]} of the {' and the '.join(whose)} {_verb(_NAMES[key])} unknown: {reason}."
+        for (key, reason), whose in reasons.items()
+    ]
+
+
+def _verb(noun: str) -> str:
+    return "is" if noun.endswith(("size", "latency", "rate")) else "are"
