@@ -125,8 +125,10 @@ def read_container(path: str | Path) -> Container:
 def _header(parts: Mapping[str, Tensor], tensors: Mapping[str, Packed], metadata: Mapping[str, Any]) -> bytes:
     own = {"tensors": {key: [packed.packing, dict(packed.config)] for key, packed in tensors.items()}}
     text = {"sha256": _NO_DIGEST, "format": FORMAT, "version": str(VERSION)}
+    if taken := sorted(metadata.keys() & {*text, *own}):
+        raise ConfigurationError(f"`metadata` must not have the entries {taken}, which the format itself writes")
     try:
-        for key, value in {**metadata, **own}.items():
+        for key, value in sorted({**metadata, **own}.items()):  # equal contents give equal bytes
             text[key] = json.dumps(value, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"`metadata` entry {key!r} cannot be written as JSON: {error}") from error

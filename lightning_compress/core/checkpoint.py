@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-import types
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from lightning_compress.core.paths import clean_path
 from lightning_compress.core.verbs import apply
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+_CLASS_LOCK = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -124,38 +126,67 @@ def load_compressed(model: ModuleT, path: str | Path) -> ModuleT:
     return model
 
 
-def load_from_checkpoint(cls: type[ModuleT], checkpoint_path: Any, **kwargs: Any) -> ModuleT:
+def load_from_checkpoint(
+    cls: type[ModuleT],
+    checkpoint_path: Any,
+    map_location: Any = None,
+    hparams_file: str | Path | None = None,
+    strict: bool | None = None,
+    **kwargs: Any,
+) -> ModuleT:
     """Do what ``cls.load_from_checkpoint`` does, also for checkpoints of a model with edits.
 
     The classmethod alone knows nothing of the journal in the checkpoint and stops at unexpected keys.
 
     Args:
         cls: A LightningModule class.
-        checkpoint_path: File, URL or file object.
-        **kwargs: Passed on: ``map_location``, ``hparams_file``, ``strict``, and arguments of the constructor.
+        checkpoint_path: File, URL or file object; read with ``weights_only=True``.
+        map_location: Where the tensors go, as in ``torch.load``.
+        hparams_file: Hyperparameters that replace the checkpoint's.
+        strict: Whether keys must match; by default what the module says.
+        **kwargs: Arguments of the constructor that replace the saved hyperparameters.
 
     Returns:
         An instance of ``cls`` with the edits replayed and the tensors loaded.
 
     Raises:
+        ConfigurationError: If ``cls`` is no LightningModule class.
         JournalMismatchError: If the checkpoint's journal does not fit.
     """
-    load: Any = getattr(cls, "load_from_checkpoint", None)
-    if load is None:
+    lightning_class: Any = cls
+    if not (isinstance(cls, type) and hasattr(cls, "load_from_checkpoint") and hasattr(cls, "on_load_checkpoint")):
         raise ConfigurationError(
             f"`cls` must be a LightningModule class, got {cls!r}; "
             "use `load_compressed(model, path)` for the compressed file of a plain module"
         )
+    with _hooked(lightning_class):
+        loaded: ModuleT = lightning_class.load_from_checkpoint(
+            checkpoint_path, map_location, hparams_file, strict, weights_only=True, **kwargs
+        )
+    return loaded
+
+
+@contextmanager
+def _hooked(cls: Any) -> Iterator[None]:
+    """Let instances of ``cls`` install the journal's hooks when a checkpoint reaches them, before its tensors do.
+
+    The class itself is lent the hook, as Lightning may build a subclass that the checkpoint names.
+    """
 
     def on_load_checkpoint(self: Any, checkpoint: Any) -> None:
         install_hooks(self)
-        super(hooked, self).on_load_checkpoint(checkpoint)
+        inherited(self, checkpoint)
 
-    named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "on_load_checkpoint": on_load_checkpoint}
-    hooked: Any = types.new_class(cls.__name__, (cls,), exec_body=lambda body: body.update(named))
-    model: ModuleT = hooked.load_from_checkpoint(checkpoint_path, weights_only=True, **kwargs)
-    model.__class__ = cls
-    return model
+    with _CLASS_LOCK:
+        own, inherited = vars(cls).get("on_load_checkpoint"), cls.on_load_checkpoint
+        cls.on_load_checkpoint = on_load_checkpoint
+        try:
+            yield
+        finally:
+            if own is None:
+                del cls.on_load_checkpoint
+            else:
+                cls.on_load_checkpoint = own
 
 
 def _info(container: Container) -> ArtifactInfo:
@@ -195,7 +226,12 @@ def _edited_copy(model: nn.Module, edits: Iterable[Edit]) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    structure = copy.deepcopy(model, memo)
+    try:
+        structure = copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"`model` cannot be copied to try the file's edits on it ({error}); load before you attach such objects"
+        ) from error
     with torch.device("meta"):
         for edit in edits:
             apply(structure, edit)
