@@ -1,0 +1,88 @@
+"""Lightning callbacks that the stages of a recipe need beside those of the recipe itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_compress.core.callback import CompressionCallback
+
+log = logging.getLogger(__name__)
+
+
+class CarryOver(Callback):
+    """Hand the state of compression callbacks from one stage to the next, so that masks hold while fine-tuning.
+
+    Put it after those callbacks: its ``setup`` fills in what theirs left empty. A checkpoint of the stage itself is
+    loaded later and wins.
+
+    Args:
+        callbacks: The callbacks of this stage, by name.
+        states: What :func:`carried_states` returned at the end of earlier stages.
+    """
+
+    def __init__(self, callbacks: Mapping[str, Callback], states: Mapping[str, dict[str, Any]]) -> None:
+        self._callbacks = dict(callbacks)
+        self._states = dict(states)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Load the states, with the amount that was reached as the least one of this stage."""
+        for name, callback in self._callbacks.items():
+            state = self._states.get(name)
+            if state is not None and isinstance(callback, CompressionCallback):
+                begun: dict[str, Any] = {"updates": 0, "floor": state["amount"] or 0.0, "history": []}
+                callback.load_state_dict({**state, **begun})
+
+    def warn_about_the_rest(self, stage: str) -> None:
+        """Say which earlier callbacks do not take part in this stage although they kept weights at zero."""
+        for name in sorted(set(self._states) - set(self._callbacks)):
+            log.warning(
+                "stage %s trains without callbacks.%s, so the zeros it made may grow back; list it in "
+                "stages.%s.callbacks to keep them",
+                *(stage, name, stage),
+            )
+
+
+def carried_states(callbacks: Mapping[str, Callback]) -> dict[str, dict[str, Any]]:
+    """Return the states, tensors and builtins, of the callbacks that hold weights in place between updates."""
+    return {
+        name: callback.state_dict()
+        for name, callback in callbacks.items()
+        if isinstance(callback, CompressionCallback)
+        and type(callback).enforce is not CompressionCallback.enforce
+        and callback.compressed is None
+    }
+
+
+class PlanReadyError(Exception):
+    """Raised by :class:`StopAfterPlan` once every callback has checked and rendered its plan."""
+
+
+class StopAfterPlan(Callback):
+    """Leave ``fit`` before the first batch. Put it last."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop here."""
+        raise PlanReadyError
+
+
+def newest_checkpoints(place: Path, every_n_epochs: int | None, every_n_steps: int | None) -> list[ModelCheckpoint]:
+    """Return the callbacks that keep the newest checkpoint of each kind; a stage resumes from the newest of all.
+
+    Args:
+        place: Folder of the checkpoints of one stage.
+        every_n_epochs: At the end of every so many epochs, after validation; ``None`` for never.
+        every_n_steps: After every so many optimizer steps; ``None`` for never.
+    """
+    kept: list[ModelCheckpoint] = []
+    if every_n_epochs:
+        epochs: dict[str, Any] = {"every_n_epochs": every_n_epochs, "save_on_train_epoch_end": True}
+        kept.append(ModelCheckpoint(place, filename="{epoch}", **epochs))
+    if every_n_steps:
+        kept.append(ModelCheckpoint(place, filename="{epoch}-{step}", every_n_train_steps=every_n_steps))
+    return kept

@@ -1,0 +1,35 @@
+"""Less chatter from Lightning while a recipe runs."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+EXPECTED_WARNINGS = (
+    ".*does not have many workers.*",
+    ".*The number of training batches.*is smaller than the logging interval.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*The dirpath has changed from.*",
+    ".*isinstance\\(treespec, LeafSpec\\).*",
+)
+CHATTER = ("GPU available", "TPU available", "Tip:", "`Trainer.fit` stopped", "Restor", "LOCAL_RANK", "HPU available")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what Lightning says about every small run, and nothing else."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not any(word in record.getMessage() for word in CHATTER)
+
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(is_news)
+    try:
+        with warnings.catch_warnings():
+            for message in EXPECTED_WARNINGS:
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        logger.removeFilter(is_news)

@@ -1,0 +1,168 @@
+"""The resolved configuration as plain, checked values: nothing is built here, and nothing is guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_compress.core.errors import ConfigurationError, did_you_mean
+from lightning_compress.run.targets import check_targets
+
+BASELINE_NAMES = ("baseline", "train")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a recipe: a ``Trainer.fit`` with its own optimizer, or post-training methods.
+
+    Args:
+        name: The key of the stage in ``stages``.
+        trainer: Arguments of the Trainer that differ from the common ones.
+        optimizer: ``_target_`` and arguments of an optimizer; ``None`` takes the module's own.
+        scheduler: ``_target_`` and arguments of a learning-rate scheduler for ``optimizer``, and ``interval``.
+        callbacks: Names in the top-level ``callbacks`` that take part in this fit.
+        apply: Names in the top-level ``callbacks`` that are applied once, without training.
+    """
+
+    name: str
+    trainer: Mapping[str, Any]
+    optimizer: Mapping[str, Any] | None
+    scheduler: Mapping[str, Any] | None
+    callbacks: tuple[str, ...]
+    apply: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run needs, as builtins.
+
+    Args:
+        recipe: Name of the recipe.
+        seed: Seed of everything random.
+        model: ``module`` (a ``_target_``) and ``checkpoint`` (a path or ``None``).
+        data: A ``_target_``: the data module.
+        trainer: A ``_target_``: the Trainer.
+        task: A ``_target_``: what to do.
+        callbacks: Named callbacks, each a ``_target_``.
+        stages: In order.
+        baseline_after: The stage whose end is the baseline; ``None`` when there is no stage.
+        checkpoint: ``every_n_epochs`` and ``every_n_steps``.
+        raw: All of it, as it is written to the run's folder.
+    """
+
+    recipe: str
+    seed: int
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    trainer: Mapping[str, Any]
+    task: Mapping[str, Any]
+    callbacks: Mapping[str, Mapping[str, Any]]
+    stages: tuple[Stage, ...]
+    baseline_after: str | None
+    checkpoint: Mapping[str, Any]
+    raw: Mapping[str, Any]
+
+
+def read_settings(config: DictConfig) -> Settings:
+    """Resolve and check a composed configuration.
+
+    Args:
+        config: What Hydra composed, or what a run saved.
+
+    Returns:
+        Builtins only, every interpolation resolved, every ``_target_`` importable and given arguments it knows.
+
+    Raises:
+        ConfigurationError: If a key, a reference or an argument is not known, or a value has the wrong type.
+    """
+    content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    raw: dict[str, Any] = {str(key): value for key, value in dict(content).items()}  # type: ignore[arg-type]
+    known = {field.name for field in fields(Settings)} - {"raw"}
+    _check_keys("", raw, known | {"variables"}, required=known)
+    seed = raw["seed"]
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ConfigurationError(f"`seed` must be a whole number in [0, 2**32), got {seed!r}")
+    for key in ("model", "data", "trainer", "task", "callbacks", "stages", "checkpoint"):
+        _check_mapping(key, raw[key])
+    _check_keys("model", raw["model"], {"module", "checkpoint"}, required={"module"})
+    _check_checkpoint(raw["checkpoint"])
+    check_targets(raw)
+    stages = tuple(_read_stage(name, value, raw["callbacks"]) for name, value in raw["stages"].items())
+    return Settings(
+        **{key: raw[key] for key in known - {"stages", "baseline_after"}},
+        stages=stages,
+        baseline_after=_baseline_after(raw["baseline_after"], [stage.name for stage in stages]),
+        raw=raw,
+    )
+
+
+def _check_mapping(where: str, value: object) -> None:
+    if not isinstance(value, Mapping):
+        raise ConfigurationError(f"`{where}` must be a mapping, got {value!r}")
+
+
+def _check_keys(where: str, value: Mapping[str, Any], known: Iterable[str], required: Iterable[str] = ()) -> None:
+    known = sorted(known)
+    prefix = f"{where}." if where else ""
+    for key in value:
+        if key not in known:
+            raise ConfigurationError(f"`{prefix}{key}` is not a known key; {did_you_mean(str(key), known)}")
+    for key in sorted(required):
+        if key not in value:
+            raise ConfigurationError(f"`{prefix}{key}` is missing from the configuration")
+
+
+def _check_checkpoint(value: Mapping[str, Any]) -> None:
+    _check_keys("checkpoint", value, ("every_n_epochs", "every_n_steps"))
+    for key, number in value.items():
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+            raise ConfigurationError(f"`checkpoint.{key}` must be a whole number of at least 1 or null, got {number!r}")
+
+
+def _read_stage(name: str, value: Any, callbacks: Mapping[str, Any]) -> Stage:
+    where = f"stages.{name}"
+    _check_mapping(where, value)
+    _check_keys(where, value, ("trainer", "optimizer", "scheduler", "callbacks", "apply"))
+    stage = Stage(
+        name=str(name),
+        trainer=value.get("trainer") or {},
+        optimizer=value.get("optimizer"),
+        scheduler=value.get("scheduler"),
+        callbacks=_references(f"{where}.callbacks", value.get("callbacks"), callbacks),
+        apply=_references(f"{where}.apply", value.get("apply"), callbacks),
+    )
+    _check_mapping(f"{where}.trainer", stage.trainer)
+    for key in ("optimizer", "scheduler"):
+        part = value.get(key)
+        if part is not None and (not isinstance(part, Mapping) or "_target_" not in part):
+            raise ConfigurationError(f"`{where}.{key}` must be a mapping with a `_target_`, or null; got {part!r}")
+    if stage.scheduler is not None and stage.optimizer is None:
+        raise ConfigurationError(f"`{where}.scheduler` needs `{where}.optimizer`; the module's own keeps its own")
+    if stage.apply and (stage.trainer or stage.callbacks or stage.optimizer):
+        raise ConfigurationError(
+            f"`{where}` has `apply`, which does not train, beside keys of a fit; make them two stages"
+        )
+    return stage
+
+
+def _references(where: str, names: Any, callbacks: Mapping[str, Any]) -> tuple[str, ...]:
+    names = [] if names is None else names
+    if not isinstance(names, list):
+        raise ConfigurationError(f"`{where}` must be a list of names in `callbacks`, got {names!r}")
+    for name in names:
+        if name not in callbacks:
+            raise ConfigurationError(
+                f"`{where}` names {name!r}, which `callbacks` does not hold; {did_you_mean(str(name), callbacks)}"
+            )
+    return tuple(names)
+
+
+def _baseline_after(value: Any, names: list[str]) -> str | None:
+    if value is not None and value not in names:
+        raise ConfigurationError(f"`baseline_after` must be a stage, got {value!r}; {did_you_mean(str(value), names)}")
+    if value is not None or not names:
+        return value if value is None else str(value)
+    return next((name for name in names if name in BASELINE_NAMES), names[0])

@@ -1,0 +1,182 @@
+"""What the command can do: compress, evaluate a file, or only plan."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from omegaconf import DictConfig
+
+from lightning_compress.core.checkpoint import inspect_compressed, save_compressed
+from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.evaluation.render import print_report, write_report
+from lightning_compress.evaluation.report import build_report
+from lightning_compress.run.build import build
+from lightning_compress.run.folder import ARTIFACT, RunFolder
+from lightning_compress.run.quiet import quiet
+from lightning_compress.run.settings import Settings, read_settings
+from lightning_compress.run.weights import is_artifact, load_weights
+from lightning_compress.stages import build_data, build_module, example_inputs, plan_stages, run_stages
+
+log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What ``task=NAME`` builds."""
+
+    def run(self, settings: Settings, folder: RunFolder) -> None:
+        """Do it, and leave the results in ``folder``."""
+
+
+@dataclass(frozen=True)
+class CompressTask:
+    """Baseline, stages, evaluation, report, artifact.
+
+    Args:
+        latency_batch_size: Samples per batch for operations and latency, at least 1.
+        threads: CPU threads for the latency, at least 1.
+        latency: Whether to measure latency.
+    """
+
+    latency_batch_size: int = 1
+    threads: int = 1
+    latency: bool = True
+
+    def run(self, settings: Settings, folder: RunFolder) -> None:
+        """Run the stages that are left, then measure and write."""
+        _check_numbers(self.latency_batch_size, self.threads)
+        data = build_data(settings)
+        outcome = run_stages(settings, folder, data)
+        baseline = build_module(settings)
+        baseline.load_state_dict(outcome.baseline)
+        log.info("measuring")
+        provenance = {"recipe": settings.recipe, "seed": settings.seed}
+        report = build_report(
+            baseline,
+            outcome.module,
+            example_inputs=take(example_inputs(outcome.module, data), self.latency_batch_size),
+            datamodule=data,
+            artifact=save_compressed(outcome.module, folder.path / ARTIFACT, provenance),
+            history=outcome.history,
+            recipe=settings.recipe,
+            seed=settings.seed,
+            latency=self.latency,
+            threads=self.threads,
+        )
+        _publish(report, folder)
+
+
+@dataclass(frozen=True)
+class EvaluateTask:
+    """Measure ``model.checkpoint``: a compressed artifact, a Lightning checkpoint or plain weights.
+
+    Args:
+        latency_batch_size: Samples per batch for operations and latency, at least 1.
+        threads: CPU threads for the latency, at least 1.
+        latency: Whether to measure latency.
+    """
+
+    latency_batch_size: int = 1
+    threads: int = 1
+    latency: bool = True
+
+    def run(self, settings: Settings, folder: RunFolder) -> None:
+        """Load, measure, write the report."""
+        _check_numbers(self.latency_batch_size, self.threads)
+        path = settings.model.get("checkpoint")
+        if not path:
+            raise ConfigurationError("`model.checkpoint` is null; `task=evaluate` measures a file, give its path")
+        module, data = build_module(settings), build_data(settings)
+        load_weights(module, str(path))
+        report = build_report(
+            None,
+            module,
+            example_inputs=take(example_inputs(module, data), self.latency_batch_size),
+            datamodule=data,
+            artifact=inspect_compressed(path) if is_artifact(Path(path)) else None,
+            recipe=settings.recipe,
+            seed=settings.seed,
+            latency=self.latency,
+            threads=self.threads,
+        )
+        _publish(report, folder)
+
+
+@dataclass(frozen=True)
+class PlanTask:
+    """Print what every stage would do to which layer, and train nothing."""
+
+    def run(self, settings: Settings, folder: RunFolder) -> None:
+        """Check and print the plan."""
+        for name, text in plan_stages(settings, folder, build_data(settings)).items():
+            print(f"stage {name}\n{text}")
+
+
+def run_settings(config: DictConfig, path: Path) -> None:
+    """Check a composed configuration and run its task in a new folder.
+
+    Args:
+        config: What Hydra composed.
+        path: The run's folder.
+    """
+    settings = read_settings(config)
+    folder = RunFolder(path)
+    folder.start(settings.raw)
+    with quiet():
+        _task(settings).run(settings, folder)
+
+
+def resume_run(path: Path) -> None:
+    """Continue the run that lives in ``path`` with the configuration it saved.
+
+    Raises:
+        ConfigurationError: If there is no run in ``path``.
+    """
+    if not path.is_dir():
+        raise ConfigurationError(f"`resume` must be the folder of an earlier run; there is no folder {str(path)!r}")
+    folder = RunFolder(path)
+    settings = read_settings(folder.saved_config())
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with quiet():
+        _task(settings).run(settings, folder)
+
+
+def take(inputs: Any, count: int) -> Any:
+    """Return the first ``count`` samples of a batch of any nesting.
+
+    >>> take((torch.zeros(5, 2), {"mask": torch.ones(5)}), 2)[1]["mask"].shape
+    torch.Size([2])
+    """
+    if isinstance(inputs, torch.Tensor):
+        return inputs[:count] if inputs.dim() else inputs
+    if isinstance(inputs, Mapping):
+        return {key: take(value, count) for key, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return type(inputs)(take(value, count) for value in inputs)
+    return inputs
+
+
+def _task(settings: Settings) -> Task:
+    task = build("task", settings.task)
+    if not isinstance(task, Task):
+        raise ConfigurationError(f"`task._target_` must build something with `run`, got {type(task).__name__}")
+    return task
+
+
+def _check_numbers(latency_batch_size: int, threads: int) -> None:
+    for name, value in (("latency_batch_size", latency_batch_size), ("threads", threads)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigurationError(f"`task.{name}` must be a whole number of at least 1, got {value!r}")
+
+
+def _publish(report: Mapping[str, Any], folder: RunFolder) -> None:
+    write_report(report, folder.path)
+    print_report(report)
+    print(f"report: {folder.path / 'report.html'}")
+    if (folder.path / ARTIFACT).is_file():
+        print(f"compressed file: {folder.path / ARTIFACT}")

@@ -1,0 +1,77 @@
+"""Load trained weights from whatever file the user has: a Lightning checkpoint, an artifact, plain safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lightning_compress.coding.container import FORMAT
+from lightning_compress.core.checkpoint import load_compressed
+from lightning_compress.core.errors import ArtifactError, ConfigurationError, did_you_mean
+from lightning_compress.core.hooks import JOURNAL_KEY
+from lightning_compress.run.folder import load_tensors
+
+ARGUMENT = "`model.checkpoint`"
+
+
+def load_weights(module: nn.Module, path: str) -> None:
+    """Load a file into ``module``, in place.
+
+    Names may lack a common prefix: the tensors of a network fit the module that holds it as ``net``.
+
+    Args:
+        module: Its structure is what the configuration says; edits that the file carries are replayed.
+        path: ``.safetensors`` (a compressed artifact, or plain tensors), or what ``torch.save`` wrote: a Lightning
+            checkpoint or a ``state_dict``.
+
+    Raises:
+        ConfigurationError: If there is no such file, or its tensors are not those of the module.
+        ArtifactError: If the file is damaged.
+    """
+    file = Path(path)
+    if not file.is_file():
+        near = did_you_mean(file.name, sorted(other.name for other in file.parent.glob("*") if other.is_file()))
+        raise ConfigurationError(f"{ARGUMENT}: there is no file {path!r}; in its folder: {near}")
+    if file.suffix == ".safetensors":
+        if is_artifact(file):
+            load_compressed(module, file)
+            return
+        tensors: dict[str, Any] = dict(load_file(file))
+    else:
+        content = load_tensors(file)
+        tensors = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
+    tensors = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
+    prefix = _prefix(module, tensors, path)
+    try:
+        module.load_state_dict({prefix + key: value for key, value in tensors.items()})
+    except RuntimeError as error:  # shapes
+        raise ConfigurationError(f"{ARGUMENT}: {path!r} does not fit the model: {error}") from error
+
+
+def is_artifact(file: Path) -> bool:
+    """Tell a compressed artifact from plain tensors by the format in its header."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return (opened.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(f"{ARGUMENT}: {str(file)!r} is not a readable safetensors file ({error})") from error
+
+
+def _prefix(module: nn.Module, tensors: dict[str, Any], path: str) -> str:
+    own = set(module.state_dict())
+    names = {key for key in tensors if not key.endswith(JOURNAL_KEY)}
+    if len(names) < len(tensors) or names == own:  # with a journal the structure follows from the file
+        return ""
+    for candidate in sorted({key[: len(key) - len(name)] for name in names for key in own if key.endswith("." + name)}):
+        if {candidate + name for name in names} == own:
+            return candidate
+    lacking, extra = sorted(own - names), sorted(names - own)
+    example = lacking[0] if lacking else extra[0]
+    raise ConfigurationError(
+        f"{ARGUMENT}: {path!r} holds other tensors than the model ({len(lacking)} lacking, {len(extra)} unknown), for "
+        f"example {example!r}; {did_you_mean(example, extra or lacking)} Choose the `model` the file was made with"
+    )

@@ -1,0 +1,285 @@
+"""A recipe's stages: each one a ``Trainer.fit`` with an optimizer of its own, or a post-training step, resumable."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_compress.core.callback import CompressionCallback
+from lightning_compress.core.compress import compress
+from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.hooks import install_hooks
+from lightning_compress.data.resume import ExactResume
+from lightning_compress.run.build import build
+from lightning_compress.run.callbacks import (
+    CarryOver,
+    PlanReadyError,
+    StopAfterPlan,
+    carried_states,
+    newest_checkpoints,
+)
+from lightning_compress.run.folder import RunFolder
+from lightning_compress.run.settings import Settings, Stage
+from lightning_compress.run.weights import load_weights
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Outcome:
+    """What the stages left.
+
+    Args:
+        module: The module after the last stage.
+        baseline: The ``state_dict`` of the module that the result is compared with.
+        history: An entry per compression step, with the stage it happened in.
+        carried: States of callbacks (masks), by name, for a later stage that uses them again.
+    """
+
+    module: LightningModule
+    baseline: Mapping[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    carried: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def build_module(settings: Settings) -> LightningModule:
+    """Build the module of a configuration from its seed, with the ``state_dict`` hooks that let it take edits."""
+    seed_everything(settings.seed, workers=True, verbose=False)
+    module = build("model.module", settings.model["module"])
+    if not isinstance(module, LightningModule):
+        raise ConfigurationError(
+            f"`model.module._target_` must build a LightningModule, got {type(module).__name__}; for a plain network "
+            "use lightning_compress.models.ImageClassifier with the network as `net`"
+        )
+    if is_overridden("configure_model", module):
+        module.configure_model()
+    install_hooks(module)
+    return module
+
+
+def build_data(settings: Settings) -> LightningDataModule:
+    """Build the data module of a configuration."""
+    data = build("data", settings.data)
+    if not isinstance(data, LightningDataModule):
+        raise ConfigurationError(f"`data._target_` must build a LightningDataModule, got {type(data).__name__}")
+    return data
+
+
+def run_stages(settings: Settings, folder: RunFolder, data: LightningDataModule) -> Outcome:
+    """Run what is left of a recipe's stages.
+
+    Args:
+        settings: The checked configuration.
+        folder: Where the run lives; stages it records as completed are loaded, not run.
+        data: Used by every stage.
+
+    Returns:
+        The module after the last stage, the baseline's tensors, and what happened.
+    """
+    outcome = Outcome(build_module(settings))
+    stages = _begin(settings, outcome)
+    records = folder.completed()
+    if records:
+        _restore(settings, folder, records, outcome)
+    done = {record["name"] for record in records}
+    for stage in stages:
+        if stage.name not in done:
+            _run_stage(settings, stage, folder, data, outcome)
+            if stage.name == settings.baseline_after:
+                outcome.baseline = _tensors(outcome.module)
+    return outcome
+
+
+def plan_stages(settings: Settings, folder: RunFolder, data: LightningDataModule) -> dict[str, str]:
+    """Return what the callbacks of each stage would do, as text, without training; every check is made.
+
+    Args:
+        settings: The checked configuration.
+        folder: Where Lightning may put its files.
+        data: Its training loader tells how long an epoch is.
+
+    Returns:
+        A plan per stage.
+    """
+    outcome = Outcome(build_module(settings))
+    plans = {}
+    for stage in _begin(settings, outcome):
+        callbacks = {name: build_callback(settings, name) for name in (*stage.callbacks, *stage.apply)}
+        if not stage.apply:
+            trainer = build_trainer(settings, stage, folder, [*callbacks.values(), StopAfterPlan()], logger=False)
+            try:
+                with own_optimizer(outcome.module, stage):
+                    trainer.fit(outcome.module, datamodule=data)
+            except PlanReadyError:
+                pass
+        texts = [getattr(callback, "plan_text", "") or f"{name}: once" for name, callback in callbacks.items()]
+        epochs = {**settings.trainer, **stage.trainer}.get("max_epochs")
+        plans[stage.name] = "\n".join(texts) or f"train {epochs} epochs"
+    return plans
+
+
+def _begin(settings: Settings, outcome: Outcome) -> list[Stage]:
+    """Load the trained weights if there are any, and return the stages that this leaves to run."""
+    stages = list(settings.stages)
+    if not settings.model.get("checkpoint"):
+        if not stages:
+            raise ConfigurationError("`stages` is empty and `model.checkpoint` is null: nothing to do; give either")
+        return stages
+    load_weights(outcome.module, str(settings.model["checkpoint"]))
+    outcome.baseline = _tensors(outcome.module)
+    names = [stage.name for stage in stages]
+    first = names.index(settings.baseline_after) + 1 if settings.baseline_after in names else 0
+    return stages[first:]
+
+
+def _restore(settings: Settings, folder: RunFolder, records: list[dict[str, Any]], outcome: Outcome) -> None:
+    """Take over what completed stages left."""
+    name = records[-1]["name"]
+    saved = folder.result(name)
+    outcome.module = build_module(settings)
+    outcome.module.load_state_dict(saved["module"])
+    outcome.carried = saved["carried"]
+    outcome.history = [entry for record in records for entry in record["history"]]
+    if settings.baseline_after in {record["name"] for record in records}:
+        outcome.baseline = folder.result(str(settings.baseline_after))["module"]
+    log.info("stage %s is done already", name)
+
+
+def _tensors(module: LightningModule) -> dict[str, Any]:
+    return {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
+
+
+def _run_stage(
+    settings: Settings, stage: Stage, folder: RunFolder, data: LightningDataModule, outcome: Outcome
+) -> None:
+    """Run one stage, put its result into ``outcome``, and record it as completed."""
+    index = [other.name for other in settings.stages].index(stage.name)
+    seed_everything(settings.seed + index, workers=True, verbose=False)
+    started = time.monotonic()
+    callbacks = {name: build_callback(settings, name) for name in (*stage.callbacks, *stage.apply)}
+    if stage.apply:
+        methods = [callback for callback in callbacks.values() if isinstance(callback, CompressionCallback)]
+        outcome.module, summary = compress(outcome.module, *methods), ", ".join(stage.apply)
+        outcome.carried = {}
+    else:
+        summary = _fit(settings, stage, folder, data, callbacks, outcome)
+    history = [
+        {"stage": stage.name, **entry}
+        for callback in callbacks.values()
+        if isinstance(callback, CompressionCallback)
+        for entry in callback.history
+    ]
+    seconds = round(time.monotonic() - started, 3)
+    record = {"name": stage.name, "history": history, "seconds": seconds}
+    folder.complete(record, {"module": _tensors(outcome.module), "carried": outcome.carried})
+    outcome.history += history
+    log.info("stage %s: done in %.1f s; %s", stage.name, seconds, summary)
+
+
+def _fit(
+    settings: Settings,
+    stage: Stage,
+    folder: RunFolder,
+    data: LightningDataModule,
+    callbacks: Mapping[str, Callback],
+    outcome: Outcome,
+) -> str:
+    carry_over = CarryOver(callbacks, outcome.carried)
+    carry_over.warn_about_the_rest(stage.name)
+    last = folder.last_checkpoint(stage.name)
+    trainer = build_trainer(settings, stage, folder, [ExactResume(), *callbacks.values(), carry_over])
+    log.info("stage %s: %s", stage.name, f"goes on from {last.name}" if last else f"up to {trainer.max_epochs} epochs")
+    with own_optimizer(outcome.module, stage):
+        trainer.fit(outcome.module, datamodule=data, ckpt_path=last, weights_only=True)
+    outcome.carried |= carried_states(callbacks)
+    for callback in callbacks.values():
+        if isinstance(callback, CompressionCallback) and isinstance(callback.compressed, LightningModule):
+            outcome.module, outcome.carried = callback.compressed, {}
+    return ", ".join(f"{name} {float(value):.4g}" for name, value in sorted(trainer.callback_metrics.items()))
+
+
+def build_callback(settings: Settings, name: str) -> Callback:
+    """Build one of the named callbacks."""
+    callback = build(f"callbacks.{name}", settings.callbacks[name])
+    if not isinstance(callback, Callback):
+        raise ConfigurationError(f"`callbacks.{name}._target_` must build a Callback, got {type(callback).__name__}")
+    return callback
+
+
+def build_trainer(
+    settings: Settings, stage: Stage, folder: RunFolder, callbacks: list[Callback], logger: Any = None
+) -> Trainer:
+    """Build the Trainer of a stage: the common arguments, the stage's own, its log and its checkpoints."""
+    where = f"stages.{stage.name}.trainer"
+    arguments = {**settings.trainer, **stage.trainer, "_partial_": True}
+    if arguments.get("enable_progress_bar") is None:
+        arguments["enable_progress_bar"] = sys.stderr.isatty()
+    configured = arguments.pop("logger", False)
+    if logger is None:
+        logger = _logger(configured, stage, folder)
+    kept = newest_checkpoints(folder.checkpoint_folder(stage.name), **settings.checkpoint)
+    make = build(where, arguments)
+    try:
+        trainer = make(logger=logger, callbacks=[*callbacks, *kept], default_root_dir=folder.path)
+    except Exception as error:  # Lightning has several types for a wrong argument
+        raise ConfigurationError(f"`{where}` (or `trainer`): {error}") from error
+    if not isinstance(trainer, Trainer):
+        raise ConfigurationError(f"`trainer._target_` must build a lightning Trainer, got {type(trainer).__name__}")
+    return trainer
+
+
+def _logger(node: Any, stage: Stage, folder: RunFolder) -> Any:
+    if not isinstance(node, Mapping):
+        return node
+    if not node.get("_partial_"):
+        return build("trainer.logger", node)
+    logs = folder.path / "logs"
+    attempt = len(list((logs / stage.name).glob("*")))  # a resumed stage must not overwrite its first log
+    place = {"save_dir": str(logs), "name": stage.name, "version": str(attempt)}
+    return build("trainer.logger", {**node, **place, "_partial_": False})
+
+
+@contextmanager
+def own_optimizer(module: LightningModule, stage: Stage) -> Iterator[None]:
+    """Give the module the stage's optimizer instead of its own for as long as the stage lasts."""
+    if stage.optimizer is None:
+        yield
+        return
+    make = build(f"stages.{stage.name}.optimizer", {**stage.optimizer, "_partial_": True})
+    plan = dict(stage.scheduler or {})
+    interval = plan.pop("interval", "epoch")
+    make_scheduler = build(f"stages.{stage.name}.scheduler", {**plan, "_partial_": True}) if plan else None
+
+    def configure_optimizers(self: LightningModule) -> Any:
+        optimizer = make([parameter for parameter in self.parameters() if parameter.requires_grad])
+        if make_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": make_scheduler(optimizer), "interval": interval}}
+
+    # on the instance, as LightningCLI does it
+    vars(module)["configure_optimizers"] = MethodType(configure_optimizers, module)
+    try:
+        yield
+    finally:
+        del vars(module)["configure_optimizers"]
+
+
+def example_inputs(module: LightningModule, data: LightningDataModule) -> Any:
+    """Return the module's ``example_input_array``, or the inputs of one batch of the data module."""
+    if module.example_input_array is not None:
+        return module.example_input_array
+    data.prepare_data()
+    data.setup("fit")
+    batch = next(iter(data.val_dataloader() if is_overridden("val_dataloader", data) else data.train_dataloader()))
+    inputs = batch[0] if isinstance(batch, list | tuple) else batch
+    return inputs if isinstance(inputs, torch.Tensor) else batch
