@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ class CompressionReport(Callback):
         latency: Whether to measure the time of a forward pass.
         gzip: Whether to measure the size under gzip, which takes a second for about 20 MB at both ends of the fit.
         recipe: Name that the report shows.
-        seed: Seed that the report shows.
+        seed: Seed that the report shows; by default the one that Lightning's ``seed_everything`` left.
 
     Raises:
         ConfigurationError: If ``baseline`` is none of these.
@@ -185,13 +186,13 @@ class CompressionReport(Callback):
             artifact=artifact,
             history=_merged_history(callbacks),
             recipe=self.recipe,
-            seed=self.seed,
+            seed=self._seed(),
         )
         print_report(self.report)
         self.paths |= write_report(self.report, folder)
 
     def _save(self, compressed: nn.Module, folder: Path) -> ArtifactInfo | None:
-        path, provenance = folder / "compressed.safetensors", {"recipe": self.recipe, "seed": self.seed}
+        path, provenance = folder / "compressed.safetensors", {"recipe": self.recipe, "seed": self._seed()}
         with _as_warning("saving the compressed model"):
             artifact = save_compressed(
                 compressed, path, {key: fact for key, fact in provenance.items() if fact is not None}
@@ -199,6 +200,10 @@ class CompressionReport(Callback):
             self.paths[path.name] = path
             return artifact
         return None
+
+    def _seed(self) -> int | None:
+        left = os.environ.get("PL_GLOBAL_SEED", "")
+        return self.seed if self.seed is not None or not left.isdigit() else int(left)
 
     def _test(self, trainer: Trainer, model: nn.Module) -> tuple[dict[str, float], str]:
         return try_metrics(model, _datamodule(trainer), self.test_dataloaders, trainer.precision)

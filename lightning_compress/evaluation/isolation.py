@@ -109,7 +109,7 @@ def structure_copy(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.M
 
     Parameters, buffers and other tensors in attributes (also non-leaf ones, which ``copy.deepcopy`` refuses) are
     replaced by ``change(tensor)``, so a copy on the ``meta`` device takes no memory for them. Ties stay ties. Objects
-    of the training framework in attributes (a trainer, a datamodule) are shared with the original, never copied.
+    of the training framework in attributes (trainer, datamodule, loader, dataset) are shared, never copied.
 
     Args:
         model: The module to copy; it is not changed.
@@ -154,7 +154,12 @@ def _like(tensor: Tensor, changed: Tensor) -> Tensor:
 
 
 def _belongs_to_framework(value: object) -> bool:
+    """Return whether a value is a trainer, a datamodule, a loader, a dataset or the like: large, and not the model."""
     if isinstance(value, nn.Module | Tensor):
         return False
-    packages = {base.__module__.partition(".")[0] for base in type(value).__mro__}
-    return not packages.isdisjoint({"lightning", "pytorch_lightning", "lightning_fabric"})
+    homes = [base.__module__ for base in type(value).__mro__]
+    return any(
+        home.partition(".")[0] in {"lightning", "pytorch_lightning", "lightning_fabric"}
+        or home.startswith("torch.utils.data")
+        for home in homes
+    )

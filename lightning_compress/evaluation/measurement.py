@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from rich.progress import Progress
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -14,6 +15,8 @@ from lightning_compress.core.paths import clean_path
 from lightning_compress.evaluation.cost import MacCount, count_macs, count_parameters
 from lightning_compress.evaluation.latency import Latency
 from lightning_compress.evaluation.size import dense_bytes, gzip_bytes
+
+_LONG = 40_000_000
 
 
 @dataclass(frozen=True)
@@ -98,16 +101,13 @@ class Measurement:
         return cls(**values)
 
 
-def measure(
-    model: nn.Module, example_inputs: object = None, *, gzip: bool = True, progress: Callable[[int], None] | None = None
-) -> Measurement:
+def measure(model: nn.Module, example_inputs: object = None, *, gzip: bool = True) -> Measurement:
     """Measure the structural costs of a model: everything but metrics and latency. The model is not changed.
 
     Args:
         model: Any module.
         example_inputs: One batch for counting operations; ``None`` leaves them unknown.
-        gzip: Whether to compress the dense file, which takes about a second for 20 MB.
-        progress: Passed on to :func:`~lightning_compress.evaluation.size.gzip_bytes`.
+        gzip: Whether to compress the dense file, which takes about a second for 20 MB; over 40 MB a bar shows.
 
     Returns:
         The measurement, with reasons for what is unknown.
@@ -127,7 +127,7 @@ def measure(
     if counts.nonzero is None:
         reasons["nonzero_parameters"] = reasons["gzip_bytes"] = "the weights have no values"
     elif gzip:
-        packed = gzip_bytes(model, progress)
+        packed = _gzip_with_bar(model)
     else:
         reasons["gzip_bytes"] = "it was switched off"
     return Measurement(
@@ -195,6 +195,16 @@ def _row(
         "bits": [before[2], max((new.bits for new in news if new.bits is not None), default=None)],
         "macs": [before[3], _sum_known([new.macs for new in news]) if macs_known else None],
     }
+
+
+def _gzip_with_bar(model: nn.Module) -> int:
+    """Return the size under gzip; where that takes more than about two seconds, show how far it is."""
+    total = dense_bytes(model)
+    if total < _LONG:
+        return gzip_bytes(model)
+    with Progress(transient=True) as bar:
+        task = bar.add_task("measuring the size under gzip", total=total)
+        return gzip_bytes(model, lambda done: bar.advance(task, done))
 
 
 def _layers(model: nn.Module, counts: Mapping[str, tuple[int, int | None]], macs: MacCount) -> dict[str, LayerCost]:

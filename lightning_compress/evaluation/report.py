@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 import lightning_compress
 from lightning_compress.core.checkpoint import ArtifactInfo
@@ -63,6 +64,8 @@ def build_report(
     >>> report["baseline"]["macs"], report["compressed"]["macs"], report["speedup_rate"]
     (16, 8, None)
     """
+    if isinstance(test_batches, Iterator):  # it is read three times
+        test_batches = list(test_batches)
     after = measure_with_metrics(compressed, example_inputs, datamodule, test_batches, gzip=gzip)
     before = baseline
     if isinstance(before, nn.Module):
@@ -210,9 +213,19 @@ def compare_predictions(
             batches = find_test_batches(compressed, datamodule)
         if batches is None:
             return Flips(reason="there are no test batches")
-        return count_flips(baseline, compressed, batches)
+        return count_flips(baseline, compressed, _each_batch(batches))
     except Exception as error:  # user code runs here; the rest of the report must survive it
         return Flips(reason=f"predicting failed with {type(error).__name__}: {error}")
+
+
+def _each_batch(source: Any) -> Iterator[Any]:
+    """Yield the batches of a loader, or of each loader in a list or mapping of them."""
+    loaders = list(source.values()) if isinstance(source, Mapping) else source
+    if isinstance(loaders, list | tuple) and all(isinstance(loader, DataLoader) for loader in loaders):
+        for loader in loaders:
+            yield from loader
+    else:
+        yield from loaders
 
 
 def describe_edits(model: nn.Module) -> list[dict[str, Any]]:
