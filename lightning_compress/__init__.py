@@ -1,3 +1,58 @@
 """Compress PyTorch models while they train, as Lightning callbacks."""
 
+from lightning_compress.core.at_target import EarlyStoppingAtTarget, ModelCheckpointAtTarget
+from lightning_compress.core.callback import CompressionCallback
+from lightning_compress.core.checkpoint import (
+    ArtifactInfo,
+    inspect_compressed,
+    load_compressed,
+    load_from_checkpoint,
+    save_compressed,
+)
+from lightning_compress.core.compress import compress
+from lightning_compress.core.errors import (
+    ArtifactError,
+    CompressionError,
+    ConfigurationError,
+    JournalMismatchError,
+    SelectionError,
+)
+from lightning_compress.core.hooks import install_hooks, journal_of
+from lightning_compress.core.journal import Edit, Journal
+from lightning_compress.core.schedule import Schedule
+from lightning_compress.core.select import Select
+from lightning_compress.core.verbs import apply, register_kind
+from lightning_compress.data.resume import ExactResume
+from lightning_compress.evaluation.callbacks import CompressionReport
+from lightning_compress.pruning import IterativePruning, Rule
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "ArtifactError",
+    "ArtifactInfo",
+    "CompressionCallback",
+    "CompressionError",
+    "CompressionReport",
+    "ConfigurationError",
+    "EarlyStoppingAtTarget",
+    "Edit",
+    "ExactResume",
+    "IterativePruning",
+    "Journal",
+    "JournalMismatchError",
+    "ModelCheckpointAtTarget",
+    "Rule",
+    "Schedule",
+    "Select",
+    "SelectionError",
+    "apply",
+    "compress",
+    "inspect_compressed",
+    "install_hooks",
+    "journal_of",
+    "load_compressed",
+    "load_from_checkpoint",
+    "register_kind",
+    "save_compressed",
+]

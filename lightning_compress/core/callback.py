@@ -32,9 +32,9 @@ from lightning_compress.core.verbs import apply
 class CompressionCallback(Callback, ABC):
     """A compression method on a Lightning Trainer: *where* (:class:`Select`), *when and how much* (:class:`Schedule`).
 
-    The hooks are final. A method fills in the blanks ``prepare``, ``observe``, ``update``, ``enforce``, ``finalize``,
-    ``metrics``, ``values``, ``load_values`` and ``plan``, which get the selected layers by path. Inside ``fit`` only
-    values change; structure changes in ``prepare`` (before optimizers exist) and ``finalize`` (after fit, on a copy).
+    The hooks are final; a method fills in the blanks below, most of which get the selected layers by path. Inside
+    ``fit`` only values change; structure changes in ``prepare`` (before optimizers exist) and ``finalize`` (after
+    fit, on a copy).
 
     Args:
         schedule: When and how much.
@@ -79,6 +79,10 @@ class CompressionCallback(Callback, ABC):
 
     # ------------------------------------------------------------------ blanks
 
+    def choose(self, root: nn.Module) -> Selection:
+        """Return the layers to work on; by default what ``select`` means among the supported types."""
+        return self.select.resolve(root, self.supported)
+
     def prepare(self, layers: Layers) -> Iterable[Edit]:
         """Return the edits to make before optimizers exist; none for layers that have them already."""
         return ()
@@ -111,6 +115,9 @@ class CompressionCallback(Callback, ABC):
     def load_values(self, values: Mapping[str, Any]) -> None:
         """Take back what :meth:`values` returned."""
 
+    def attach_values(self, layers: Layers) -> None:
+        """Fit the loaded values to the model, before training starts; raise if they do not fit."""
+
     def reset_values(self) -> None:
         """Forget the method's own state; called when the callback meets another model."""
 
@@ -125,6 +132,12 @@ class CompressionCallback(Callback, ABC):
     def at_target(self) -> bool:
         """Whether the schedule's final amount has been applied."""
         return self._amount is not None and self._amount == self.schedule.final
+
+    @property
+    @final
+    def in_fit(self) -> bool:
+        """Whether a Trainer is training the model now, as opposed to :meth:`run_once`."""
+        return self._run is not None
 
     @property
     @final
@@ -210,6 +223,7 @@ class CompressionCallback(Callback, ABC):
         forget_undo(pl_module)
         timeline = self.schedule.resolve(horizon_of(trainer), clamp=bool(getattr(trainer, "fast_dev_run", False)))
         self._run = Run(self.layers(pl_module), timeline)
+        self.attach_values(self._run.layers)
         rows = [*self.plan(self._run.layers), *(PlanRow("kept", path, "", why) for path, why in self._left.items())]
         self.plan_text = render_plan(f"{self.state_key}: {timeline}", rows)
         rank_zero_info(self.plan_text)
@@ -330,7 +344,7 @@ class CompressionCallback(Callback, ABC):
     # ------------------------------------------------------------------ inside
 
     def _resolve(self, root: nn.Module) -> None:
-        selection: Selection = self.select.resolve(root, self.supported)
+        selection = self.choose(root)
         self._paths, self._left = tuple(selection.layers), dict(selection.left)
 
     def _forget_run(self, pl_module: LightningModule) -> None:

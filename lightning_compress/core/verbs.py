@@ -157,10 +157,11 @@ def _set_all(layer: nn.Module, values: Mapping[str, Any]) -> None:
 def _kept(tensor: torch.Tensor, name: str, dims: Mapping[str, Any]) -> torch.Tensor:
     value = tensor.detach()
     for dim, ranges in dims.items():
-        index = expand_ranges(ranges)
         size = value.shape[int(dim)]
-        if not index or min(index) < 0 or max(index) >= size:
+        ends = [end for item in ranges for end in ([item] if isinstance(item, int) else item)]
+        if not ends or min(ends) < 0 or max(ends) >= size or len(ranges) > size:
             raise ConfigurationError(f"slice of {name!r}: indices along dimension {dim} must lie in 0..{size - 1}")
+        index = expand_ranges(ranges)
         value = value.index_select(int(dim), torch.tensor(index, device=value.device))
     return value.clone()
 

@@ -1,1 +1,6 @@
 """Pruning: scores, masks, schedules, and the callbacks that apply them while a model trains."""
+
+from lightning_compress.pruning.callbacks import IterativePruning
+from lightning_compress.pruning.rules import Rule
+
+__all__ = ["IterativePruning", "Rule"]

@@ -1,0 +1,112 @@
+"""Which tensors of a layer can be pruned, and why a tensor is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.paths import clean_path
+
+PRUNABLE: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+)
+"""Layer types with weight matrices or kernels; biases, norms and embeddings are not among them."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight tensor that can be pruned.
+
+    Args:
+        layer: Path of the layer.
+        name: Name of the parameter in it.
+        tied: Other paths of the same parameter.
+    """
+
+    layer: str
+    name: str
+    tied: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Path of the parameter, as in a ``state_dict``."""
+        return f"{self.layer}.{self.name}"
+
+    def weight(self, layers: Mapping[str, nn.Module]) -> nn.Parameter:
+        """Return the parameter itself."""
+        parameter = getattr(layers[self.layer], self.name)
+        if not isinstance(parameter, nn.Parameter):
+            raise ConfigurationError(f"{self.key!r} is no longer a parameter; something replaced it during the run")
+        return parameter
+
+
+def weight_names(layer: nn.Module) -> tuple[str, ...]:
+    """Return the names of the layer's own weight matrices or kernels, whether or not they are parameters now.
+
+    >>> weight_names(nn.LSTM(2, 3)), weight_names(nn.Linear(2, 3))
+    (('weight_ih_l0', 'weight_hh_l0'), ('weight',))
+    """
+    if isinstance(layer, nn.MultiheadAttention):
+        split = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return ("in_proj_weight",) if layer.in_proj_weight is not None else split
+    if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
+        return tuple(name for name, _ in layer.named_parameters(recurse=False) if name.startswith("weight_"))
+    return ("weight",)
+
+
+def find_targets(root: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[list[Target], dict[str, str]]:
+    """Return the prunable tensors of the selected layers, and why others of theirs are left alone.
+
+    A tensor that is shared with a module outside the selection (an embedding tied to a decoder) is left alone; one
+    shared within it is pruned once.
+
+    Args:
+        root: The whole model, to see what is shared.
+        layers: The selected layers by path.
+
+    Returns:
+        The targets, and a reason by tensor path.
+
+    Raises:
+        ConfigurationError: If a selected layer is lazy and has no shape yet.
+    """
+    owners: dict[int, list[str]] = {}
+    for path, parameter in root.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(clean_path(path))
+    targets: dict[int, Target] = {}
+    left: dict[str, str] = {}
+    for path, layer in layers.items():
+        own = dict(layer.named_parameters(recurse=False))
+        for name in weight_names(layer):
+            key, weight = f"{path}.{name}", own.get(name)
+            if weight is None:
+                left[key] = "kept: not a plain parameter (parametrized or normalised), so zeros could not be held"
+                continue
+            if is_lazy(weight):
+                raise ConfigurationError(
+                    f"{key!r} has no shape yet (a lazy layer); run one batch through the model first"
+                )
+            if id(weight) in targets:
+                left[key] = f"pruned as {targets[id(weight)].key}, with which it is tied"
+                continue
+            others = [other for other in owners.get(id(weight), []) if other != key]
+            foreign = [other for other in others if other.rpartition(".")[0] not in layers]
+            if foreign:
+                left[key] = f"kept: tied with {', '.join(foreign)}, which is not selected"
+                continue
+            targets[id(weight)] = Target(path, name, tuple(others))
+    return list(targets.values()), left
