@@ -52,13 +52,15 @@ def shift_and_flip(
     >>> shift_and_flip(image, torch.tensor([1]), torch.tensor([2]), torch.tensor([True]), padding=1).tolist()
     [[[[0, 2], [0, 4]]]]
     """
-    count, _, height, width = images.shape
+    height, width = images.shape[-2:]
     padded = F.pad(images, (padding,) * 4)
-    rows = down[:, None] + torch.arange(height)
-    columns = torch.arange(width).expand(count, width)
-    columns = right[:, None] + torch.where(flip[:, None], columns.flip(1), columns)
-    sample = torch.arange(count)[:, None, None]
-    return padded[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    windows = [
+        image[:, top : top + height, left : left + width]
+        for image, top, left in zip(padded, down.tolist(), right.tolist(), strict=True)
+    ]
+    moved = torch.stack(windows)
+    moved[flip] = moved[flip].flip(-1)
+    return moved
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class ImageDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> ResumableLoader:
         """Return the loader of the training data."""
         data = self._dataset(self.splits.train, self.augment)
-        return ResumableLoader(data, self.batch_size, seed=self.seed, **self._options())
+        return ResumableLoader(data, batch_size=self.batch_size, seed=self.seed, **self._options())
 
     def val_dataloader(self) -> DataLoader:
         """Return the loader of the validation data, in fixed order."""
@@ -116,9 +116,9 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def _evaluation_loader(self, images: Images) -> DataLoader:
         # A generator of its own: a DataLoader otherwise draws from torch's global one each time it is iterated.
-        return DataLoader(
-            self._dataset(images), self.batch_size, generator=torch.Generator().manual_seed(0), **self._options()
-        )
+        # By keyword, since Lightning rebuilds loaders with some of their arguments replaced.
+        own = torch.Generator().manual_seed(0)
+        return DataLoader(self._dataset(images), batch_size=self.batch_size, generator=own, **self._options())
 
     def _options(self) -> dict[str, Any]:
         return {"num_workers": self.num_workers, "collate_fn": already_batched}

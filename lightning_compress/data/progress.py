@@ -23,13 +23,15 @@ def slow(items: Iterable[Item], description: str, delay: float = 2.0) -> Iterato
     [1, 2, 3]
     """
     total = len(items) if isinstance(items, Sized) else None
-    began, bar = time.monotonic(), Progress(transient=True)
+    bar = Progress(transient=True)
     task = bar.add_task(description, total=total)
+    next_look = time.monotonic() + delay
     try:
         for done, item in enumerate(items):
-            if not bar.live.is_started and time.monotonic() - began > delay:
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + 0.1
                 bar.start()
-            bar.update(task, completed=done)
+                bar.update(task, completed=done)
             yield item
     finally:
         if bar.live.is_started:

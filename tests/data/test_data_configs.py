@@ -24,11 +24,24 @@ def compose(*overrides: str) -> DictConfig:
 
 
 def test_no_config_is_forgotten():
-    assert set(MODELS) == {"digits_cnn", "lenet300", "lenet5", "resnet20", "resnet56", "torchvision"}
-    assert set(DATA) == {"cifar10_jpeg", "digits", "fake", "image_folder", "mnist"}
+    assert set(MODELS) == {"digits_cnn", "lenet300", "lenet5", "resnet20", "resnet56", "torchvision", "custom"}
+    assert set(DATA) == {"cifar10_jpeg", "digits", "fake", "image_folder", "mnist", "custom"}
 
 
-@pytest.mark.parametrize("name", MODELS)
+def test_custom_configs_take_a_target():
+    config = compose(
+        "+model=custom",
+        "model.module._target_=lightning_compress.models.ImageClassifier",
+        "+model.module.net={_target_: torch.nn.Identity}",
+        "+data=custom",
+        "data._target_=lightning_compress.data.DigitsDataModule",
+        "+data.batch_size=5",
+    )
+    assert isinstance(hydra.utils.instantiate(config.model.module), ImageClassifier)
+    assert hydra.utils.instantiate(config.data).batch_size == 5
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "custom"])
 def test_model_config_builds_a_classifier(name):
     config = compose(f"+model={name}", "model.module.num_classes=7")
     module = hydra.utils.instantiate(config.model.module)
@@ -39,7 +52,7 @@ def test_model_config_builds_a_classifier(name):
     assert optimizer.defaults["lr"] == config.model.module.optimizer.lr
 
 
-@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("name", [name for name in DATA if name != "custom"])
 def test_data_config_builds_a_data_module(name):
     extra = ["+model=digits_cnn"] if name == "fake" else ["data.root=somewhere"] if name == "image_folder" else []
     data = hydra.utils.instantiate(compose(f"+data={name}", *extra).data)

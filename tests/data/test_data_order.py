@@ -34,7 +34,7 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert batches(ResumableLoader(range(20), batch_size=6, seed=1), 0) != batches(
         ResumableLoader(range(20), batch_size=6, seed=0), 1
     )
-    assert sorted(sum(first, [])) == list(range(20))
+    assert sorted(index for batch in first for index in batch) == list(range(20))
 
 
 def test_iterating_leaves_the_global_generator_alone():
@@ -110,7 +110,7 @@ def test_a_changed_layout_is_refused_only_inside_an_epoch():
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(ConfigurationError, match="`sampler`.*RandomSampler"):
+    with pytest.raises(ConfigurationError, match=r"`sampler`.*RandomSampler"):
         ResumableLoader(range(4), sampler=RandomSampler(range(4)))
     with pytest.raises(ConfigurationError, match="`batch_sampler`"):
         ResumableLoader(range(4), batch_sampler=[[0], [1]])
