@@ -67,9 +67,10 @@ def set_random_states(states: dict[str, torch.Tensor]) -> None:
     *key, position, has_gauss = states["numpy"].tolist()
     cached = float(states["numpy_gauss"])
     np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002
-    torch.set_rng_state(states["torch"].cpu())
+    # Copies: a view that starts inside a larger tensor crashes torch.set_rng_state.
+    torch.set_rng_state(states["torch"].cpu().clone())
     if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"].cpu())
+        torch.cuda.set_rng_state(states["cuda"].cpu().clone())
 
 
 class ExactResume(Callback):

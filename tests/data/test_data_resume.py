@@ -45,13 +45,14 @@ class Stop(Callback):
             raise KeyboardInterrupt
 
 
-def build(seed, folder, callbacks=(), exact=True, epochs=3, **data):
+def build(seed, folder, callbacks=(), exact=True, epochs=3, settings=None, **data):
     seed_everything(seed, verbose=False)
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 10))
     module = ImageClassifier(net, functools.partial(torch.optim.Adam, lr=1e-2))
     recorder = Recorder()
     resume = [ExactResume()] if exact else []
     trainer = Trainer(
+        **(settings or {}),
         max_epochs=epochs,
         accelerator="cpu",
         logger=False,
@@ -96,6 +97,17 @@ def test_resume_is_exact_with_workers_and_augmentation(tmp_path, data):
     whole, seen = run(1, tmp_path / "whole", epochs=2, **data)
     resumed, seen_again = run(2, tmp_path / "again", tmp_path / "whole" / "step=14.ckpt", epochs=2, **data)
     assert seen_again == {key: value for key, value in seen.items() if key > 14}
+    assert same(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"val_check_interval": 7}, {"val_check_interval": 4}, {"accumulate_grad_batches": 2}, {"limit_train_batches": 8}],
+    ids=["validate-at-the-checkpoint", "validate-between", "accumulate", "limit"],
+)
+def test_resume_is_exact_whatever_else_happens_in_an_epoch(tmp_path, settings):
+    whole, _ = run(1, tmp_path / "whole", settings=settings, epochs=4)
+    resumed, _ = run(2, tmp_path / "again", tmp_path / "whole" / "step=14.ckpt", settings=settings, epochs=4)
     assert same(whole, resumed)
 
 
@@ -144,6 +156,16 @@ def test_random_states_round_trip_through_a_safe_file(tmp_path):
     set_random_states(torch.load(tmp_path / "states.pt", weights_only=True))
     after = random.gauss(0, 1), random.random(), np.random.standard_normal(3).tolist(), torch.rand(3).tolist()  # noqa: NPY002
     assert before == after
+
+
+def test_states_may_be_rows_of_a_larger_tensor():
+    first = {name: state.clone() for name, state in random_states().items()}
+    torch.rand(3)
+    stacked = {name: torch.stack([state, first[name]]) for name, state in random_states().items()}
+    expected = torch.rand(3)
+    set_random_states({name: rows[1] for name, rows in stacked.items()})
+    torch.rand(3)
+    assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("forgotten", [False, True])
