@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -26,13 +26,17 @@ from lightning_compress.run.callbacks import (
     PlanReadyError,
     StopAfterPlan,
     carried_states,
+    edits_structure,
     newest_checkpoints,
 )
 from lightning_compress.run.folder import RunFolder
+from lightning_compress.run.quiet import quiet
 from lightning_compress.run.settings import Settings, Stage
 from lightning_compress.run.weights import load_weights
 
 log = logging.getLogger(__name__)
+
+UNKNOWN = "on the layers that earlier stages leave"
 
 
 @dataclass
@@ -68,10 +72,15 @@ def build_module(settings: Settings) -> LightningModule:
 
 
 def build_data(settings: Settings) -> LightningDataModule:
-    """Build the data module of a configuration."""
+    """Build the data module of a configuration and let it load, so that missing data are an error at once."""
     data = build("data", settings.data)
     if not isinstance(data, LightningDataModule):
         raise ConfigurationError(f"`data._target_` must build a LightningDataModule, got {type(data).__name__}")
+    try:
+        data.prepare_data()
+        data.setup("fit")
+    except ConfigurationError as error:
+        raise ConfigurationError(f"`data`: {error}") from error
     return data
 
 
@@ -91,6 +100,8 @@ def run_stages(settings: Settings, folder: RunFolder, data: LightningDataModule)
     records = folder.completed()
     if records:
         _restore(settings, folder, records, outcome)
+    elif not list(folder.path.glob("checkpoints/*/*.ckpt")):
+        plan_stages(settings, folder, data)
     done = {record["name"] for record in records}
     for stage in stages:
         if stage.name not in done:
@@ -103,6 +114,8 @@ def run_stages(settings: Settings, folder: RunFolder, data: LightningDataModule)
 def plan_stages(settings: Settings, folder: RunFolder, data: LightningDataModule) -> dict[str, str]:
     """Return what the callbacks of each stage would do, as text, without training; every check is made.
 
+    A stage that changes the structure after its fit decides what later stages see, so their layers are not known yet.
+
     Args:
         settings: The checked configuration.
         folder: Where Lightning may put its files.
@@ -112,19 +125,19 @@ def plan_stages(settings: Settings, folder: RunFolder, data: LightningDataModule
         A plan per stage.
     """
     outcome = Outcome(build_module(settings))
-    plans = {}
+    plans: dict[str, str] = {}
+    known = True
     for stage in _begin(settings, outcome):
         callbacks = {name: build_callback(settings, name) for name in (*stage.callbacks, *stage.apply)}
-        if not stage.apply:
+        known = known and not stage.apply
+        if known:
             trainer = build_trainer(settings, stage, folder, [*callbacks.values(), StopAfterPlan()], logger=False)
-            try:
-                with own_optimizer(outcome.module, stage):
-                    trainer.fit(outcome.module, datamodule=data)
-            except PlanReadyError:
-                pass
-        texts = [getattr(callback, "plan_text", "") or f"{name}: once" for name, callback in callbacks.items()]
+            with own_optimizer(outcome.module, stage), quiet(logging.WARNING), suppress(PlanReadyError):
+                trainer.fit(outcome.module, datamodule=data)
+        texts = [getattr(callback, "plan_text", "") or f"{name}: {UNKNOWN}" for name, callback in callbacks.items()]
         epochs = {**settings.trainer, **stage.trainer}.get("max_epochs")
         plans[stage.name] = "\n".join(texts) or f"train {epochs} epochs"
+        known = known and not any(map(edits_structure, callbacks.values()))
     return plans
 
 

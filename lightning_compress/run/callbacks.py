@@ -59,6 +59,11 @@ def carried_states(callbacks: Mapping[str, Callback]) -> dict[str, dict[str, Any
     }
 
 
+def edits_structure(callback: Callback) -> bool:
+    """Return whether a callback changes the structure of the module after fit."""
+    return isinstance(callback, CompressionCallback) and type(callback).finalize is not CompressionCallback.finalize
+
+
 class PlanReadyError(Exception):
     """Raised by :class:`StopAfterPlan` once every callback has checked and rendered its plan."""
 

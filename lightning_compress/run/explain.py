@@ -95,6 +95,9 @@ def _composition(error: ConfigCompositionException, words: Sequence[str]) -> str
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException):
         return f"{text.splitlines()[0] if text else 'the configuration'}: {_value(cause)}"
+    twice = re.match(r"(\S+) appears more than once", text)
+    if twice:
+        return f"`{twice.group(1)}` is chosen already; without the plus, {twice.group(1)}=NAME changes the choice"
     return text
 
 
@@ -108,7 +111,7 @@ def _unknown_key(key: str, words: Sequence[str]) -> str:
     parts = key.split(".")
     for index, part in enumerate(parts):
         if not isinstance(node, DictConfig) or part not in node:
-            options = _children(node) + (list(groups()) if index == 0 else [])
+            options = list(dict.fromkeys(_children(node) + (list(groups()) if index == 0 else [])))
             place = ".".join(parts[:index])
             where = f"`{place}` has no {part!r}" if place else f"there is no {part!r}"
             return f"`{key}`: {where}; {did_you_mean(part, options)}{_add_hint(key, node)}"

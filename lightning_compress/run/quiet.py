@@ -18,11 +18,15 @@ CHATTER = ("GPU available", "TPU available", "Tip:", "`Trainer.fit` stopped", "R
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what Lightning says about every small run, and nothing else."""
+def quiet(least: int = logging.NOTSET) -> Iterator[None]:
+    """Silence what Lightning says about every small run, and nothing else.
+
+    Args:
+        least: Also silence its messages below this level.
+    """
 
     def is_news(record: logging.LogRecord) -> bool:
-        return not any(word in record.getMessage() for word in CHATTER)
+        return record.levelno >= least and not any(word in record.getMessage() for word in CHATTER)
 
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(is_news)

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_compress.core.errors import ConfigurationError, did_you_mean
-from lightning_compress.run.targets import check_targets
+from lightning_compress.run.targets import check_node, check_targets
 
 BASELINE_NAMES = ("baseline", "train")
 
@@ -42,6 +42,7 @@ class Settings:
     Args:
         recipe: Name of the recipe.
         seed: Seed of everything random.
+        threads: CPU threads of torch, or ``None`` for its own choice.
         model: ``module`` (a ``_target_``) and ``checkpoint`` (a path or ``None``).
         data: A ``_target_``: the data module.
         trainer: A ``_target_``: the Trainer.
@@ -55,6 +56,7 @@ class Settings:
 
     recipe: str
     seed: int
+    threads: int | None
     model: Mapping[str, Any]
     data: Mapping[str, Any]
     trainer: Mapping[str, Any]
@@ -85,12 +87,15 @@ def read_settings(config: DictConfig) -> Settings:
     seed = raw["seed"]
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ConfigurationError(f"`seed` must be a whole number in [0, 2**32), got {seed!r}")
+    _check_count("threads", raw["threads"])
     for key in ("model", "data", "trainer", "task", "callbacks", "stages", "checkpoint"):
         _check_mapping(key, raw[key])
     _check_keys("model", raw["model"], {"module", "checkpoint"}, required={"module"})
     _check_checkpoint(raw["checkpoint"])
     check_targets(raw)
     stages = tuple(_read_stage(name, value, raw["callbacks"]) for name, value in raw["stages"].items())
+    for stage in stages:
+        check_node(f"stages.{stage.name}.trainer", {**raw["trainer"], **stage.trainer})
     return Settings(
         **{key: raw[key] for key in known - {"stages", "baseline_after"}},
         stages=stages,
@@ -118,8 +123,12 @@ def _check_keys(where: str, value: Mapping[str, Any], known: Iterable[str], requ
 def _check_checkpoint(value: Mapping[str, Any]) -> None:
     _check_keys("checkpoint", value, ("every_n_epochs", "every_n_steps"))
     for key, number in value.items():
-        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
-            raise ConfigurationError(f"`checkpoint.{key}` must be a whole number of at least 1 or null, got {number!r}")
+        _check_count(f"checkpoint.{key}", number)
+
+
+def _check_count(where: str, number: Any) -> None:
+    if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+        raise ConfigurationError(f"`{where}` must be a whole number of at least 1 or null, got {number!r}")
 
 
 def _read_stage(name: str, value: Any, callbacks: Mapping[str, Any]) -> Stage:

@@ -77,20 +77,23 @@ def _sparsity(part: Mapping[str, Any]) -> float | None:
 
 
 def comparison(rows: list[dict[str, Any]]) -> Table:
-    """Return the rows as a table; metrics that only some jobs have are shown as a dash for the others."""
+    """Return the rows as a table; metrics come with their change against the job's baseline."""
+    shared = [word for word in rows[0]["overrides"] if all(word in row["overrides"] for row in rows)] if rows else []
     names = list(dict.fromkeys(name for row in rows for name in row.get("metrics") or {}))
-    table = Table(title="sweep", title_justify="left")
+    table = Table(title=" ".join(["sweep", *shared]), title_justify="left")
     table.add_column("job")
-    table.add_column("overrides", overflow="fold")
+    table.add_column("changed", overflow="fold", min_width=18)
     for heading in (*names, "zeros", "compression", "file, bytes", "speed-up"):
         table.add_column(heading, justify="right")
     for row in rows:
         metrics = row.get("metrics") or {}
-        cells = [_number(metrics.get(name), ".4f") for name in names]
+        deltas = row.get("metric_deltas") or {}
+        cells = [" ".join((_number(metrics.get(name), ".4f"), _number(deltas.get(name), "+.4f"))) for name in names]
         cells += [_number(row.get("sparsity"), ".2%"), _number(row.get("compression_rate"), ".2f", "x")]
         cells += [_number(row.get("artifact_bytes"), ",d"), _number(row.get("speedup_rate"), ".2f", "x")]
         failed = ["failed", *([""] * (len(cells) - 1))]
-        table.add_row(row["job"], " ".join(row["overrides"]), *(failed if row["failed"] else cells))
+        changed = "\n".join(word for word in row["overrides"] if word not in shared)
+        table.add_row(row["job"], changed, *(failed if row["failed"] else cells))
     return table
 
 

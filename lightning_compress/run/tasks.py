@@ -127,8 +127,7 @@ def run_settings(config: DictConfig, path: Path) -> None:
     settings = read_settings(config)
     folder = RunFolder(path)
     folder.start(settings.raw)
-    with quiet():
-        _task(settings).run(settings, folder)
+    _run(settings, folder)
 
 
 def resume_run(path: Path) -> None:
@@ -142,8 +141,18 @@ def resume_run(path: Path) -> None:
     folder = RunFolder(path)
     settings = read_settings(folder.saved_config())
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with quiet():
-        _task(settings).run(settings, folder)
+    _run(settings, folder)
+
+
+def _run(settings: Settings, folder: RunFolder) -> None:
+    before = torch.get_num_threads()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    try:
+        with quiet():
+            _task(settings).run(settings, folder)
+    finally:
+        torch.set_num_threads(before)
 
 
 def take(inputs: Any, count: int) -> Any:

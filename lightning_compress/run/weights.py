@@ -32,6 +32,13 @@ def load_weights(module: nn.Module, path: str) -> None:
         ConfigurationError: If there is no such file, or its tensors are not those of the module.
         ArtifactError: If the file is damaged.
     """
+    try:
+        _load(module, path)
+    except ArtifactError as error:
+        raise ArtifactError(f"{ARGUMENT}: {error}") from error
+
+
+def _load(module: nn.Module, path: str) -> None:
     file = Path(path)
     if not file.is_file():
         near = did_you_mean(file.name, sorted(other.name for other in file.parent.glob("*") if other.is_file()))
@@ -58,7 +65,7 @@ def is_artifact(file: Path) -> bool:
         with safe_open(file, "pt") as opened:
             return (opened.metadata() or {}).get("format") == FORMAT
     except (SafetensorError, OSError, ValueError) as error:
-        raise ArtifactError(f"{ARGUMENT}: {str(file)!r} is not a readable safetensors file ({error})") from error
+        raise ArtifactError(f"{str(file)!r} is not a readable safetensors file ({error})") from error
 
 
 def _prefix(module: nn.Module, tensors: dict[str, Any], path: str) -> str:
