@@ -20,6 +20,7 @@ from lightning_compress.core.clock import callbacks_of
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.hooks import journal_of
 from lightning_compress.evaluation.baseline import combine, fill_skeleton, first_sample, load_baseline, take_skeleton
+from lightning_compress.evaluation.flips import Flips
 from lightning_compress.evaluation.isolation import same_randomness
 from lightning_compress.evaluation.measurement import Measurement, measure
 from lightning_compress.evaluation.render import print_report, write_report
@@ -30,6 +31,8 @@ from lightning_compress.evaluation.report import (
     describe_edits,
     try_metrics,
 )
+
+_STRUCTURE = ("parameters", "nonzero_parameters", "macs", "dense_bytes", "gzip_bytes", "metrics")
 
 
 class CompressionReport(Callback):
@@ -168,20 +171,20 @@ class CompressionReport(Callback):
         inputs, reason = self._inputs(trainer, pl_module)
         after = measure(compressed, inputs, gzip=self.gzip).with_metrics(*self._test(trainer, compressed))
         original = self._original(pl_module)
-        before = self._measure_before(trainer, original, inputs)
-        if before is not None:
-            runner = original
-            if runner is None and self.latency and self._skeleton is not None:
-                runner = fill_skeleton(self._skeleton, pl_module.device)
-            before, after = add_latencies(before, after, runner, compressed, inputs if self.latency else None)
+        measured = self._measure_before(trainer, original, inputs)
         if inputs is None:
-            after = after.with_reason("macs", reason)
-            before = None if before is None else before.with_reason("macs", reason)
-        batches = self.test_dataloaders
+            measured, after = measured.with_reason(reason, "macs"), after.with_reason(reason, "macs")
+        runner = original
+        if runner is None and self.latency and self._skeleton is not None:
+            runner = fill_skeleton(self._skeleton, pl_module.device)
+        before, after = add_latencies(measured, after, runner, compressed, inputs, enabled=self.latency, missing=reason)
+        flips = Flips(reason="it takes the baseline's weights; pass a checkpoint or a module as `baseline`")
+        if original is not None:
+            flips = compare_predictions(original, compressed, _datamodule(trainer), self.test_dataloaders)
         self.report = assemble_report(
             before,
             after,
-            flips=compare_predictions(original, compressed, _datamodule(trainer), batches),
+            flips=flips,
             edits=describe_edits(compressed),
             artifact=artifact,
             history=_merged_history(callbacks),
@@ -215,15 +218,22 @@ class CompressionReport(Callback):
         if self.baseline is None or self.baseline == "initial":
             return None
         with _as_warning("loading the baseline"):
-            return load_baseline(self._skeleton or take_skeleton(pl_module), self.baseline, pl_module.device)
+            skeleton = take_skeleton(pl_module) if self._skeleton is None else self._skeleton
+            return load_baseline(skeleton, self.baseline, pl_module.device)
         return None
 
-    def _measure_before(self, trainer: Trainer, original: nn.Module | None, inputs: Any) -> Measurement | None:
+    def _measure_before(self, trainer: Trainer, original: nn.Module | None, inputs: Any) -> Measurement:
+        """Return all that is known about the baseline: from its weights, else from fit start and its structure."""
         if original is not None:
             return measure(original, inputs, gzip=self.gzip).with_metrics(*self._test(trainer, original))
+        early = "the structure was edited before the report saw it; put CompressionReport first among the callbacks"
         if self._skeleton is None:
-            return self._before
-        return combine(measure(self._skeleton, inputs, gzip=False), self._before)
+            return (self._before or Measurement()).with_reason(early, *(() if self._before else _STRUCTURE))
+        structure = measure(self._skeleton, inputs, gzip=False)
+        if self._before is None:
+            edited = "a callback edited the model before the fit started"
+            return structure.with_reason(edited, "nonzero_parameters", "gzip_bytes", "metrics")
+        return combine(structure, self._before)
 
     def _inputs(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Any, str]:
         """Return example inputs, or ``None`` and why there are none."""

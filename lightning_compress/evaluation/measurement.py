@@ -80,9 +80,9 @@ class Measurement:
             return replace(self, latency=latency, reasons=reasons)
         return replace(self, latency=None, reasons=reasons | {"latency": reason or "it was not measured"})
 
-    def with_reason(self, name: str, reason: str) -> Measurement:
-        """Return a copy that gives this reason for a field that is unknown."""
-        return replace(self, reasons=self.reasons | {name: reason})
+    def with_reason(self, reason: str, *names: str) -> Measurement:
+        """Return a copy that gives one reason for each of these fields, which are unknown."""
+        return replace(self, reasons=self.reasons | dict.fromkeys(names, reason))
 
     def to_state(self) -> dict[str, Any]:
         """Return the figures as builtins that a checkpoint can hold."""

@@ -13,10 +13,9 @@ _NAMES = {
     "parameters": "parameters",
     "nonzero_parameters": "non-zero parameters",
     "macs": "MACs",
-    "dense_bytes": "size",
+    "dense_bytes": "dense size",
     "gzip_bytes": "gzip size",
     "latency": "latency",
-    "prediction_flip_rate": "prediction flip rate",
 }
 
 
@@ -42,7 +41,8 @@ def explain(
         fewer_macs_same_time,
     ]
     notes = [rule(report) for rule in rules]
-    notes.append(within_noise(baseline.latency if baseline else None, compressed.latency))
+    latencies = (baseline.latency if baseline else None, compressed.latency)
+    notes += [within_noise(*latencies), slower(*latencies)]
     notes.extend(disturbed(who, part) for who, part in (("baseline", baseline), ("compressed", compressed)) if part)
     if baseline is None:
         notes.append("Nothing is known about a baseline, so there are no rates; pass `baseline` to get them.")
@@ -132,6 +132,16 @@ def within_noise(before: Latency | None, after: Latency | None) -> str:
     )
 
 
+def slower(before: Latency | None, after: Latency | None) -> str:
+    """Say that the compressed model is slower beyond the spread: if its p10 lies above the baseline's p90."""
+    if before is None or after is None or after.p10 <= before.p90:
+        return ""
+    return (
+        f"The compressed model is slower ({after.median:.3g} against {before.median:.3g} ms): its layers do extra work "
+        "in each pass, such as computing their weights or making several small calls instead of one."
+    )
+
+
 def disturbed(who: str, part: Measurement) -> str:
     """Say that a latency was measured on a busy machine, if it was."""
     if part.latency is None or not part.latency.noisy:
@@ -150,16 +160,23 @@ def _selected_sparsity(report: Mapping[str, Any]) -> float | None:
 
 
 def _unknown(baseline: Measurement | None, compressed: Measurement) -> list[str]:
-    parts = [("baseline", baseline), ("compressed model", compressed)]
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for who, part in parts:
+    """Return a sentence for each reason, about every figure and model that it holds for."""
+    whose: dict[tuple[str, str], list[str]] = {}
+    for who, part in (("baseline", baseline), ("compressed model", compressed)):
         for key, reason in (part.reasons if part is not None else {}).items():
-            reasons.setdefault((key, reason), []).append(who)
+            whose.setdefault((key, reason), []).append(who)
+    figures: dict[tuple[str, str], list[str]] = {}
+    for (key, reason), parts in whose.items():
+        figures.setdefault((" and the ".join(parts), reason), []).append(_NAMES[key])
     return [
-        f"The {_NAMES[key]} of the {' and the '.join(whose)} {_verb(_NAMES[key])} unknown: {reason}."
-        for (key, reason), whose in reasons.items()
+        f"The {_join(names)} of the {parts} {_verb(names)} unknown: {reason}."
+        for (parts, reason), names in figures.items()
     ]
 
 
-def _verb(noun: str) -> str:
-    return "is" if noun.endswith(("size", "latency", "rate")) else "are"
+def _join(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _verb(names: list[str]) -> str:
+    return "is" if len(names) == 1 and names[0].endswith(("size", "latency")) else "are"

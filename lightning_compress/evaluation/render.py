@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.evaluation.report import to_json
@@ -65,11 +66,11 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
         console: Where to print; the terminal by default.
     """
     console = console or Console()
-    table = Table(title=_title(report), title_justify="left")
+    table = Table(title=Text(_title(report)), title_justify="left")
     for heading in ("", "baseline", "compressed", "change"):
         table.add_column(heading, justify="left" if not heading else "right")
     for row in summary_rows(report):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     console.print(table)
     for note in report["notes"]:
         console.print(f"- {note}", markup=False, highlight=False)
@@ -151,11 +152,11 @@ def _view(report: Mapping[str, Any], cell: Any) -> dict[str, Any]:
         facts.insert(0, ("recipe", report["recipe"]))
     if report["seed"] is not None:
         facts.insert(1 if report["recipe"] else 0, ("seed", str(report["seed"])))
-    history = list(report["history"][0]) if report["history"] else []
+    history = list(dict.fromkeys(key for record in report["history"] for key in record))
     return {
-        "title": _title(report),
+        "title": cell(_title(report)),
         "rows": [tuple(map(cell, row)) for row in summary_rows(report)],
-        "notes": report["notes"],
+        "notes": list(map(cell, report["notes"])),
         "rates": _rates(report),
         "layers": layers,
         "edits": [tuple(cell(edit[key]) for key in ("verb", "path", "kind")) for edit in report["edits"]],

@@ -71,8 +71,7 @@ def build_report(
     if isinstance(before, nn.Module):
         before = measure_with_metrics(before, example_inputs, datamodule, test_batches, gzip=gzip)
     model = baseline if isinstance(baseline, nn.Module) else None
-    if before is not None:
-        before, after = add_latencies(before, after, model, compressed, example_inputs if latency else None, threads)
+    before, after = add_latencies(before, after, model, compressed, example_inputs, threads=threads, enabled=latency)
     flips = compare_predictions(model, compressed, datamodule, test_batches)
     return assemble_report(
         before,
@@ -176,24 +175,42 @@ def try_metrics(
 
 
 def add_latencies(
-    before: Measurement,
+    before: Measurement | None,
     after: Measurement,
     baseline: nn.Module | None,
     compressed: nn.Module,
     example_inputs: object,
+    *,
     threads: int = 1,
-) -> tuple[Measurement, Measurement]:
-    """Measure the latency of both models in one process and return both measurements with it, or with a reason."""
+    enabled: bool = True,
+    missing: str = "no example inputs were given",
+) -> tuple[Measurement | None, Measurement]:
+    """Measure the latency of both models in one process and return both measurements with it, or with a reason.
+
+    Args:
+        before: The baseline's measurement, or ``None``.
+        after: The compressed model's measurement.
+        baseline: The baseline itself, or ``None`` if it is not there.
+        compressed: The compressed model.
+        example_inputs: One batch; ``None`` leaves the latency unknown because of ``missing``.
+        threads: CPU threads.
+        enabled: Whether to measure at all.
+        missing: Why there are no example inputs.
+
+    Returns:
+        Both measurements.
+    """
     models = {"compressed": compressed} if baseline is None else {"baseline": baseline, "compressed": compressed}
     times: dict[str, Latency] = {}
-    reason = "there were no example inputs to measure it with, or it was switched off"
-    if example_inputs is not None:
+    reason = missing if enabled else "it was switched off"
+    if enabled and example_inputs is not None:
         try:
             times = measure_latency(models, example_inputs, threads=threads)
             reason = "the model was not there to be measured beside the compressed one"
         except Exception as error:  # user code runs here; the rest of the report must survive it
             reason = f"the forward pass failed with {type(error).__name__}: {error}"
-    return before.with_latency(times.get("baseline"), reason), after.with_latency(times.get("compressed"), reason)
+    timed = None if before is None else before.with_latency(times.get("baseline"), reason)
+    return timed, after.with_latency(times.get("compressed"), reason)
 
 
 def compare_predictions(
