@@ -84,7 +84,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Load the images, so that a missing folder is reported before training starts."""
-        self.splits  # noqa: B018
+        self._splits = self.splits
 
     def train_dataloader(self) -> ResumableLoader:
         """Return the loader of the training data."""
