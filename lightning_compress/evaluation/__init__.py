@@ -6,8 +6,8 @@ from lightning_compress.evaluation.latency import measure_latency
 from lightning_compress.evaluation.measurement import Measurement, measure
 from lightning_compress.evaluation.render import print_report, render_html, render_markdown, write_report
 from lightning_compress.evaluation.report import assemble_report, build_report
+from lightning_compress.evaluation.schema import validate_report
 from lightning_compress.evaluation.size import dense_bytes, gzip_bytes
-from lightning_compress.evaluation.validate import validate_report
 
 __all__ = [
     "Measurement",

@@ -45,7 +45,7 @@ def explain(
     notes += [within_noise(*latencies), slower(*latencies)]
     notes.extend(disturbed(who, part) for who, part in (("baseline", baseline), ("compressed", compressed)) if part)
     if baseline is None:
-        notes.append("Nothing is known about a baseline, so there are no rates; pass `baseline` to get them.")
+        notes.append("Nothing is known about a baseline, so there are no rates and no changes to show.")
     notes.extend(_unknown(baseline, compressed))
     if flip_reason:
         notes.append(f"The prediction flip rate is unknown: {flip_reason}.")

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_compress.core.errors import ConfigurationError
-from lightning_compress.evaluation.report import to_json
+from lightning_compress.evaluation.schema import to_json
 
 _FIGURES = {
     "parameters": "parameters",

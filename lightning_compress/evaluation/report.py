@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import math
-import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-import lightning_compress
 from lightning_compress.core.checkpoint import ArtifactInfo
 from lightning_compress.core.hooks import journal_of
+from lightning_compress.evaluation.environment import describe_environment
 from lightning_compress.evaluation.flips import Flips, count_flips
 from lightning_compress.evaluation.latency import Latency, measure_latency
 from lightning_compress.evaluation.measurement import Measurement, layer_table, measure
 from lightning_compress.evaluation.notes import explain
-
-SCHEMA = 1
+from lightning_compress.evaluation.schema import SCHEMA, to_json
 
 
 def build_report(
@@ -58,8 +54,9 @@ def build_report(
         gzip: Whether to measure the size under gzip.
 
     Returns:
-        A dictionary that :func:`~lightning_compress.evaluation.validate.validate_report` accepts. Unknown is ``None``.
+        A dictionary that :func:`~lightning_compress.evaluation.schema.validate_report` accepts. Unknown is ``None``.
 
+    >>> import torch
     >>> report = build_report(nn.Linear(4, 4), nn.Linear(4, 2), example_inputs=torch.zeros(1, 4), latency=False)
     >>> report["baseline"]["macs"], report["compressed"]["macs"], report["speedup_rate"]
     (16, 8, None)
@@ -250,39 +247,6 @@ def describe_edits(model: nn.Module) -> list[dict[str, Any]]:
     return [edit.to_dict() for edit in journal_of(model)]
 
 
-def describe_environment() -> dict[str, Any]:
-    """Return what the figures depend on: versions, platform, processor, threads."""
-    return {
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "lightning_compress": lightning_compress.__version__,
-    }
-
-
-def to_json(value: Any) -> Any:
-    """Return ``value`` as what strict JSON can hold: NaN and infinities become ``None``, tensors numbers or lists.
-
-    >>> to_json({"a": (float("nan"), 1), "b": torch.tensor(2.5)})
-    {'a': [None, 1], 'b': 2.5}
-    """
-    if isinstance(value, Mapping):
-        return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, tuple | list | set | frozenset):
-        return [to_json(item) for item in value]
-    if isinstance(value, bool | str) or value is None:
-        return value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if hasattr(value, "tolist"):
-        return to_json(value.tolist())
-    return str(value)
-
-
 def _figures(part: Measurement) -> dict[str, Any]:
     times = part.latency
     shown = ("median", "p10", "p90", "batch_size", "threads", "backend")
@@ -305,13 +269,3 @@ def _deltas(before: Mapping[str, float] | None, after: Mapping[str, float] | Non
     if before is None or after is None:
         return None
     return {name: after[name] - before[name] for name in before if name in after}
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -21,7 +21,7 @@ from lightning_compress.core.select import Select
 from lightning_compress.evaluation import metrics
 from lightning_compress.evaluation.callbacks import CompressionReport
 from lightning_compress.evaluation.report import build_report
-from lightning_compress.evaluation.validate import validate_report
+from lightning_compress.evaluation.schema import validate_report
 
 
 class Net(LightningModule):

@@ -14,12 +14,13 @@ from lightning_compress.core.checkpoint import save_compressed
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.journal import Edit
 from lightning_compress.core.verbs import apply
+from lightning_compress.evaluation.environment import describe_environment
 from lightning_compress.evaluation.flips import Flips
 from lightning_compress.evaluation.latency import Latency
 from lightning_compress.evaluation.measurement import LayerCost, Measurement, layer_table, measure
 from lightning_compress.evaluation.render import print_report, render_html, render_markdown, summary_rows, write_report
-from lightning_compress.evaluation.report import assemble_report, build_report, describe_environment, to_json
-from lightning_compress.evaluation.validate import validate_report
+from lightning_compress.evaluation.report import assemble_report, build_report
+from lightning_compress.evaluation.schema import to_json, validate_report
 
 
 def small(seed=0):

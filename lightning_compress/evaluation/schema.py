@@ -1,11 +1,15 @@
-"""The keys and types of ``report.json``, and a check against them."""
+"""The keys and types of ``report.json``: a check against them, and how any value becomes strict JSON."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning_compress.core.errors import ConfigurationError, did_you_mean
+
+SCHEMA = 1
+"""Version of the keys and types below."""
 
 _Check = Callable[[Any], bool]
 
@@ -15,7 +19,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return _is_int(value) or (isinstance(value, float) and value - value == 0)
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _or_none(check: _Check) -> _Check:
@@ -73,7 +77,7 @@ _LAYER: dict[str, _Check] = {
 }
 _EDIT: dict[str, _Check] = {"verb": _is_text, "path": _is_text, "kind": _is_text, "config": _is_mapping}
 _REPORT: dict[str, _Check] = {
-    "schema": lambda value: value == 1,
+    "schema": lambda value: value == SCHEMA,
     "recipe": _or_none(_is_text),
     "seed": _or_none(_is_int),
     "environment": _is_mapping,
@@ -119,6 +123,27 @@ def validate_report(report: Any) -> None:
         _check(f"layers[{index}].", layer, _LAYER)
     for index, edit in enumerate(report["edits"]):
         _check(f"edits[{index}].", edit, _EDIT)
+
+
+def to_json(value: Any) -> Any:
+    """Return ``value`` as what strict JSON can hold: NaN and infinities become ``None``, tensors numbers or lists.
+
+    >>> to_json({"a": (float("nan"), 1), "b": (0, 1)})
+    {'a': [None, 1], 'b': [0, 1]}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, tuple | list | set | frozenset):
+        return [to_json(item) for item in value]
+    if isinstance(value, bool | str) or value is None:
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "tolist"):
+        return to_json(value.tolist())
+    return str(value)
 
 
 def _check(where: str, value: Any, keys: Mapping[str, _Check]) -> None:
