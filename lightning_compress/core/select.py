@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_compress.core.errors import ConfigurationError, SelectionError, did_you_mean
-from lightning_compress.core.paths import named_layers
+from lightning_compress.core.paths import named_layers, names_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Select:
 
     A pattern is a glob (``"layer1.*.conv*"``; ``*`` also crosses dots) or, after ``re:``, a regular expression for the
     whole path. It matches a layer by its own path or by that of a module that contains it, so ``"backbone"`` stands
-    for everything inside. Patterns that match nothing are an error, because they are typos.
+    for everything inside. A module that is registered under several names has all of them. Patterns that match nothing are an error, because they are typos.
 
     Args:
         types: Class names (base classes count: ``"RNNBase"``) or classes; empty leaves the choice to the method.
@@ -78,7 +79,7 @@ class Select:
         Raises:
             SelectionError: If nothing is selected, or a pattern matches no layer; names the nearest paths.
         """
-        everything = named_layers(root)
+        everything, names = named_layers(root), names_of(root)
         supported = tuple(types)
         candidates = {
             path: module
@@ -87,7 +88,7 @@ class Select:
         }
         for name in ("include", "exclude"):
             for pattern in getattr(self, name):
-                if pattern != "*" and not any(_matches(pattern, path) for path in everything):
+                if pattern != "*" and not any(_matches(pattern, names[path]) for path in everything):
                     raise SelectionError(
                         f"`{name}` has the pattern {pattern!r}, which matches no module of {type(root).__name__}; "
                         f"{did_you_mean(pattern, everything)}"
@@ -95,7 +96,9 @@ class Select:
         ends = ({next(iter(candidates)): "first layer"} if self.not_first and candidates else {}) | (
             {next(reversed(candidates)): "last layer"} if self.not_last and candidates else {}
         )
-        left = {path: reason for path in candidates if (reason := self._reason(path, candidates[path], ends))}
+        left = {
+            path: reason for path in candidates if (reason := self._reason(path, names[path], candidates[path], ends))
+        }
         chosen = {path: module for path, module in candidates.items() if path not in left}
         if not chosen:
             raise SelectionError(self._nothing(root, everything, candidates, left, supported))
@@ -107,14 +110,20 @@ class Select:
             kind in names if isinstance(kind, str) else isinstance(module, kind) for kind in self.types
         )
 
-    def _reason(self, path: str, module: nn.Module, ends: Mapping[str, str]) -> str:
-        if not any(_matches(pattern, path) for pattern in self.include):
+    def _reason(self, path: str, names: tuple[str, ...], module: nn.Module, ends: Mapping[str, str]) -> str:
+        if not any(_matches(pattern, names) for pattern in self.include):
             return "not included"
-        excluded = next((pattern for pattern in self.exclude if _matches(pattern, path)), None)
+        excluded = next((pattern for pattern in self.exclude if _matches(pattern, names)), None)
         if excluded is not None:
             return f"excluded by {excluded!r}"
-        if path in ends and path not in self.include:
+        if path in ends and not set(names) & set(self.include):
             return ends[path]
+        if self.min_params == 0:
+            return ""
+        if any(is_lazy(parameter) for parameter in module.parameters()):
+            raise ConfigurationError(
+                f"`min_params` cannot judge {path!r}, which has no shape yet (a lazy layer); run one batch first"
+            )
         size = sum(parameter.numel() for parameter in module.parameters())
         return f"{size} parameters, fewer than min_params={self.min_params}" if size < self.min_params else ""
 
@@ -163,7 +172,11 @@ def _compile(pattern: str) -> re.Pattern[str]:
         raise ConfigurationError(f"the pattern {pattern!r} is not a regular expression: {error}") from error
 
 
-def _matches(pattern: str, path: str) -> bool:
+def _matches(pattern: str, names: Iterable[str]) -> bool:
+    """Return whether a layer is meant, by one of its names or by that of a module around it."""
     compiled = _compile(pattern)
-    parts = path.split(".")
-    return any(compiled.fullmatch(".".join(parts[:depth])) for depth in range(len(parts), 0, -1))
+    return any(
+        compiled.fullmatch(".".join(parts[:depth]))
+        for parts in (name.split(".") for name in names)
+        for depth in range(len(parts), 0, -1)
+    )

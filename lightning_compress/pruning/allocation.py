@@ -19,7 +19,7 @@ def least_kept(size: int, floor: float) -> int:
     >>> least_kept(1000, 0.01), least_kept(3, 0.01)
     (10, 1)
     """
-    return min(size, max(1, math.ceil(floor * size)))
+    return min(size, max(1, math.ceil(round(floor * size, 6))))
 
 
 def choose_masks(values: Mapping[str, Tensor], amount: float, scope: str, floor: float) -> dict[str, Tensor]:

@@ -195,7 +195,7 @@ class IterativePruning(CompressionCallback):
     def _check_amounts(self) -> None:
         amounts = {"final": self.schedule.final, **{f"amount of rule {k!r}": r.amount for k, r in self.rules.items()}}
         for name, amount in amounts.items():
-            if 1 - amount < self.floor:
+            if 1 - amount < self.floor - 1e-9:
                 raise ConfigurationError(
                     f"`{name}` is {amount:g}, but `floor` keeps {self.floor:g} of every tensor; lower one of them"
                 )

@@ -115,11 +115,12 @@ def _mask_above(value: Tensor, cut: Threshold, quota: int, absolute: bool) -> tu
     if value.device.type != "cpu" or not is_dense(value):
         compared = (value.detach().abs() if absolute else value.detach()).float()
         keep = compared > cut.value
-        tied = (
-            (compared == cut.value).flatten().nonzero().flatten() if cut.split else keep.new_empty(0, dtype=torch.long)
-        )
-        keep.view(-1)[tied[quota:]] = True
-        return mask.copy_(keep).neg_(), min(quota, tied.numel())
+        used = 0
+        if cut.split:
+            tied = storage_order(compared == cut.value).nonzero().flatten()
+            storage_order(keep)[tied[quota:]] = True
+            used = min(quota, tied.numel())
+        return mask.copy_(keep).neg_(), used
     flags, start, used = storage_order(mask).numpy(), 0, 0
     for piece in chunks(as_array(value), absolute):
         part = flags[start : start + piece.size]

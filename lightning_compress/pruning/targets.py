@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.paths import clean_path
@@ -64,7 +65,10 @@ def weight_names(layer: nn.Module) -> tuple[str, ...]:
         split = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         return ("in_proj_weight",) if layer.in_proj_weight is not None else split
     if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
-        return tuple(name for name, _ in layer.named_parameters(recurse=False) if name.startswith("weight_"))
+        own = [name for name, _ in layer.named_parameters(recurse=False)]
+        if parametrize.is_parametrized(layer):
+            own += [name for name, _ in layer.get_submodule("parametrizations").named_children()]
+        return tuple(name for name in own if name.startswith("weight_"))
     return ("weight",)
 
 
@@ -84,9 +88,12 @@ def find_targets(root: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[list
     Raises:
         ConfigurationError: If a selected layer is lazy and has no shape yet.
     """
-    owners: dict[int, list[str]] = {}
-    for path, parameter in root.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(clean_path(path))
+    selected = {id(layer) for layer in layers.values()}
+    owners: dict[int, list[tuple[str, bool]]] = {}
+    for path, module in root.named_modules(remove_duplicate=False):
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            place = clean_path(f"{path}.{name}")
+            owners.setdefault(id(parameter), []).append((place, id(module) in selected))
     targets: dict[int, Target] = {}
     left: dict[str, str] = {}
     for path, layer in layers.items():
@@ -103,8 +110,8 @@ def find_targets(root: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[list
             if id(weight) in targets:
                 left[key] = f"pruned as {targets[id(weight)].key}, with which it is tied"
                 continue
-            others = [other for other in owners.get(id(weight), []) if other != key]
-            foreign = [other for other in others if other.rpartition(".")[0] not in layers]
+            others = [other for other, _ in owners[id(weight)] if other != key]
+            foreign = [other for other, inside in owners[id(weight)] if not inside]
             if foreign:
                 left[key] = f"kept: tied with {', '.join(foreign)}, which is not selected"
                 continue

@@ -15,6 +15,10 @@ from lightning_compress.core.errors import CompressionError
 
 _CHUNK = 1 << 16
 _SAMPLE = 1 << 17
+_DIVERGED = (
+    "the values to rank are not all numbers (NaN): training has probably diverged; lower the learning rate or clip "
+    "gradients"
+)
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,6 @@ def kth_smallest(values: Sequence[Tensor], k: int, absolute: bool = False) -> Th
             value = ordered[rank]
             ties = rank + 1 - int(np.count_nonzero(counted.inside < value))
             return Threshold(float(value), ties, ties < int(np.count_nonzero(counted.inside == value)))
-        if not math.isfinite(high) and low in (0.0, -math.inf):
-            raise CompressionError(
-                "the values to rank are not all numbers (NaN): training has probably diverged; lower the learning rate "
-                "or clip gradients"
-            )
         spread *= 8
 
 
@@ -110,11 +109,13 @@ class _Counted:
 
 
 def _count(arrays: list[NDArray[np.float32]], low: float, high: float, absolute: bool) -> _Counted:
-    """Count values < low and == low, and collect those with low < value <= high."""
+    """Count values < low and == low, and collect those with low < value <= high; raise at the first NaN."""
     below = at_low = 0
     collected: list[NDArray[np.float32]] = []
     for array in arrays:
         for piece in chunks(array, absolute):
+            if math.isnan(np.minimum.reduce(piece)):  # NaN propagates
+                raise CompressionError(_DIVERGED)
             above = piece > low
             outside = piece.size - int(np.count_nonzero(above))
             equal = int(np.count_nonzero(piece == low))
@@ -128,10 +129,6 @@ def _count(arrays: list[NDArray[np.float32]], low: float, high: float, absolute:
 def _sample(arrays: list[NDArray[np.float32]], total: int, absolute: bool) -> NDArray[np.float32]:
     stride = max(1, total // _SAMPLE)
     picked = np.concatenate([array[:: min(stride, max(1, array.size // 16))] for array in arrays])
-    if np.isnan(picked).any():
-        raise CompressionError(
-            "the values to rank contain NaN: training has diverged; lower the learning rate or clip gradients"
-        )
     return np.sort(np.abs(picked) if absolute else picked)
 
 
@@ -146,10 +143,11 @@ def _bracket(sample: NDArray[np.float32], share: float, spread: float, least: fl
 
 
 def _kth_on_device(values: Sequence[Tensor], k: int, absolute: bool) -> Threshold:
-    flat = torch.cat([storage_order(value.detach()).float() for value in values])
-    flat = flat.abs_() if absolute else flat
+    device = next(value.device for value in values if value.device.type != "cpu")
+    flat = torch.cat([storage_order(value.detach()).to(device).float() for value in values])
+    flat = flat.abs() if absolute else flat
+    if bool(flat.isnan().any()):
+        raise CompressionError(_DIVERGED)
     value = flat.kthvalue(k).values
-    if bool(value.isnan()):
-        raise CompressionError("the values to rank contain NaN: training has diverged; lower the learning rate")
     ties = k - int((flat < value).sum())
     return Threshold(float(value), ties, ties < int((flat == value).sum()))
