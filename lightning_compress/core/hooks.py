@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core.errors import JournalMismatchError
 from lightning_compress.core.journal import Edit, Journal
-from lightning_compress.core.paths import clean_path
+from lightning_compress.core.paths import clean_path, original
 
 JOURNAL_KEY = "_compression_journal"
 """Key of the journal in a ``state_dict``; there only when there are edits, so masks alone leave the keys untouched."""
@@ -34,16 +34,17 @@ def keep_undo(root: nn.Module) -> None:
     A callback cannot see in ``setup`` whether a checkpoint will follow. So it edits the model as it would for a fresh
     run, and a checkpoint whose journal differs (ranks chosen from data) takes these edits back and replays its own.
     """
-    _UNDO.setdefault(id(root), [])
+    _UNDO.setdefault(id(original(root)), [])
 
 
 def forget_undo(root: nn.Module) -> None:
     """Drop what :func:`keep_undo` remembers, and the replaced layers with it."""
-    _UNDO.pop(id(root), None)
+    _UNDO.pop(id(original(root)), None)
 
 
 def install_hooks(root: nn.Module) -> None:
     """Register the two ``state_dict`` hooks on ``root`` once; ``deepcopy`` and ``pickle`` keep them."""
+    root = original(root)
     if _own_journal(root) is None:
         setattr(root, _ATTRIBUTE, Journal())
         root.register_state_dict_post_hook(_write_journal)
@@ -52,14 +53,16 @@ def install_hooks(root: nn.Module) -> None:
 
 def append_edit(root: nn.Module, edit: Edit, undo: Undo = None) -> None:
     """Append ``edit`` to the root's journal; for :func:`lightning_compress.core.verbs.apply` alone."""
+    root = original(root)
     setattr(root, _ATTRIBUTE, (_own_journal(root) or Journal()).add(edit))
     if id(root) in _UNDO:
         _UNDO[id(root)].append(undo)
 
 
 def journal_of(root: nn.Module) -> Journal:
-    """Return all edits of ``root``: its own, then those recorded on submodules, as paths from ``root``."""
-    return Journal(tuple(edit.at(path) for path, journal in _journals(root) for edit in journal))
+    """Return all edits of ``root`` as paths from it: those that its parts brought along first, then its own."""
+    inner_first = sorted(_journals(root), key=lambda item: -len(item[0].split(".")) if item[0] else 0)
+    return Journal(tuple(edit.at(path) for path, journal in inner_first for edit in journal))
 
 
 def _own_journal(module: nn.Module) -> Journal | None:

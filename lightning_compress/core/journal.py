@@ -100,7 +100,9 @@ class Journal:
         try:
             body = json.loads(text)
             version = body["version"]
-            if isinstance(version, int) and version > FORMAT_VERSION:
+            if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+                raise JournalMismatchError(f"this is not a compression journal: its version is {version!r}")
+            if version > FORMAT_VERSION:
                 raise JournalMismatchError(
                     f"the journal has version {version}, this release reads up to {FORMAT_VERSION}; "
                     "install a newer lightning-compress"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -88,13 +89,13 @@ def _builder(edit: Edit) -> Builder:
 def _replace(root: nn.Module, layer: nn.Module, edit: Edit) -> Undo:
     new = _builder(edit)(layer, **edit.config)
     new.train(layer.training)
-    set_layer(root, edit.path, new)
-    return lambda: set_layer(root, edit.path, layer)
+    return set_layer(root, edit.path, new)
 
 
 def _parametrize(root: nn.Module, layer: nn.Module, edit: Edit) -> Undo:
     config = dict(edit.config)
     tensor = config.pop("tensor", "weight")
+    _own_class(layer)
     parametrize.register_parametrization(layer, tensor, _builder(edit)(layer, **config))
     if len(list(layer.get_submodule(f"parametrizations.{tensor}").children())) > 1:
         return None  # removal would drop the earlier parametrizations of this tensor too
@@ -105,6 +106,14 @@ def _parametrize(root: nn.Module, layer: nn.Module, edit: Edit) -> Undo:
     return undo
 
 
+def _own_class(layer: nn.Module) -> None:
+    """Give a parametrized layer a class of its own: torch shares it between deep copies, and edits it in place."""
+    if parametrize.is_parametrized(layer):
+        shared = type(layer)
+        members = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+        layer.__class__ = type(shared.__name__, shared.__bases__, members)
+
+
 def _bake(root: nn.Module, layer: nn.Module, edit: Edit) -> Undo:
     """Merge a parametrization into its tensor, or put what ``layer.to_dense()`` returns in the layer's place."""
     tensor = edit.config.get("tensor")
@@ -113,6 +122,7 @@ def _bake(root: nn.Module, layer: nn.Module, edit: Edit) -> Undo:
             raise ConfigurationError(
                 f"`tensor` is {tensor!r}: nothing is parametrized under that name at {edit.path!r}"
             )
+        _own_class(layer)
         parametrize.remove_parametrizations(layer, tensor, leave_parametrized=True)
         return None
     to_dense = getattr(layer, "to_dense", None)
@@ -121,8 +131,7 @@ def _bake(root: nn.Module, layer: nn.Module, edit: Edit) -> Undo:
             f"{type(layer).__name__} at {edit.path!r} has no `to_dense()`, so it cannot be baked; "
             "name a parametrized tensor in `config={'tensor': ...}` instead"
         )
-    set_layer(root, edit.path, to_dense())
-    return lambda: set_layer(root, edit.path, layer)
+    return set_layer(root, edit.path, to_dense())
 
 
 def _slice(root: nn.Module, layer: nn.Module, edit: Edit) -> Undo:
@@ -158,9 +167,15 @@ def _kept(tensor: torch.Tensor, name: str, dims: Mapping[str, Any]) -> torch.Ten
     value = tensor.detach()
     for dim, ranges in dims.items():
         size = value.shape[int(dim)]
-        ends = [end for item in ranges for end in ([item] if isinstance(item, int) else item)]
-        if not ends or min(ends) < 0 or max(ends) >= size or len(ranges) > size:
-            raise ConfigurationError(f"slice of {name!r}: indices along dimension {dim} must lie in 0..{size - 1}")
+        pairs = [(item, item) if isinstance(item, int) else tuple(item) for item in ranges]
+        ordered = all(0 <= first <= last < size for first, last in pairs) and all(
+            before[1] < after[0] for before, after in itertools.pairwise(pairs)
+        )
+        if not pairs or not ordered:
+            raise ConfigurationError(
+                f"slice of {name!r}: the kept indices along dimension {dim} must rise and lie in 0..{size - 1}, "
+                f"got {str(ranges)[:80]}"
+            )
         index = expand_ranges(ranges)
         value = value.index_select(int(dim), torch.tensor(index, device=value.device))
     return value.clone()
