@@ -31,9 +31,10 @@ class Selection:
 class Select:
     """Which layers: all of the right type, narrowed by name patterns and size.
 
-    A pattern is a glob (``"layer1.*.conv*"``; ``*`` also crosses dots) or, after ``re:``, a regular expression for the
-    whole path. It matches a layer by its own path or by that of a module that contains it, so ``"backbone"`` stands
-    for everything inside. A module that is registered under several names has all of them. Patterns that match nothing are an error, because they are typos.
+    A pattern is a glob (``"layer1.*.conv*"``; ``*`` also crosses dots) or, after ``re:``, a regular expression for
+    the whole path. It matches a layer by its own path or by that of a module that contains it, so ``"backbone"``
+    stands for everything inside. A module that is registered under several names has all of them. Patterns that
+    match nothing are an error, because they are typos.
 
     Args:
         types: Class names (base classes count: ``"RNNBase"``) or classes; empty leaves the choice to the method.
