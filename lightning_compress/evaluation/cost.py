@@ -121,7 +121,7 @@ def count_macs(model: nn.Module, example_inputs: object) -> MacCount:
     {'0': 96, '2': 24}
     """
     reasons = []
-    for device in (torch.device("meta"), device_of(model)):
+    for device in dict.fromkeys((torch.device("meta"), device_of(model))):
         try:
             copied = structure_copy(model, partial(_copy_to, device))
             return _run_counter(copied, map_tensors(partial(_copy_to, device), example_inputs))

@@ -134,7 +134,10 @@ def structure_copy(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.M
                 for tensor in tensors_in(value):
                     if id(tensor) not in memo:
                         memo[id(tensor)] = _like(tensor, change(tensor))
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
+    for part in copied.modules():
+        _drop_compiled_call(part)
+    return copied
 
 
 def refuse_lazy(model: nn.Module) -> None:
@@ -145,6 +148,14 @@ def refuse_lazy(model: nn.Module) -> None:
                 f"`model`: expected parameters with a shape, but {name!r} is uninitialized (a lazy layer). "
                 "Run the model once on an example batch first."
             )
+
+
+def _drop_compiled_call(module: nn.Module) -> None:
+    """Drop what ``module.compile()`` left in a copy: it is bound to the original, and would run that instead."""
+    for name, value in list(vars(module).items()):
+        made_by_torch = callable(value) and getattr(value, "__module__", "") == nn.Module.__module__
+        if made_by_torch and getattr(type(module), name, value) is None:
+            delattr(module, name)
 
 
 def _like(tensor: Tensor, changed: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -67,7 +67,8 @@ def measure_latency(
         repeats: Rounds that are timed, at least 5.
         threads: CPU threads, at least 1.
         budget: Seconds that all of it should take; slow candidates get fewer rounds, but never fewer than 5.
-        backend: What to call the way the candidates run.
+        backend: What to call the way the candidates run; ``"eager"`` also runs compiled modules without their graphs,
+            so that a compiled and a plain candidate can be compared.
 
     Returns:
         The latency of each candidate.
@@ -80,7 +81,7 @@ def measure_latency(
     (True, 2)
     """
     _check(candidates, warmup=(warmup, 1), repeats=(repeats, _LEAST_REPEATS), threads=(threads, 1))
-    with _threads(threads), evaluating(*candidates.values()), torch.inference_mode():
+    with _threads(threads), evaluating(*candidates.values()), torch.inference_mode(), _stance(backend):
         passes = {name: _prepare(candidate, example_inputs) for name, candidate in candidates.items()}
         single = _warm_up(passes, warmup, budget / 4)
         inner = {name: min(1000, max(1, round(_SHORTEST / max(seconds, 1e-7)))) for name, seconds in single.items()}
@@ -157,6 +158,10 @@ def _summarize(
         noisy=noisy,
         repeats=len(walls),
     )
+
+
+def _stance(backend: str) -> AbstractContextManager[object]:
+    return torch.compiler.set_stance("force_eager") if backend == "eager" else nullcontext()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize, prune
 
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.evaluation.cost import count_macs, count_nonzero, count_parameters
+from lightning_compress.evaluation.isolation import structure_copy
 
 
 class Tied(nn.Module):
@@ -182,6 +183,15 @@ def test_compiled_modules_count_under_their_own_paths():
         counted = count_macs(compiled, torch.zeros(1, 4))
     assert counted.per_layer == {"0.0": 16, "0.1": 8}
     assert set(count_parameters(compiled).per_layer) == {"0.0", "0.1"}
+
+
+def test_a_copy_of_a_compiled_module_runs_itself():
+    model = Lit()
+    model.compile(backend="eager")
+    copied = structure_copy(model, torch.zeros_like)
+    assert not copied(model.example_input_array).any()
+    assert model(model.example_input_array).any()
+    assert count_macs(model, model.example_input_array).per_layer == {"net.0": 24}
 
 
 def test_parameters_tied_frozen_and_zero():

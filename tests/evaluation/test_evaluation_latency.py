@@ -44,6 +44,21 @@ def test_modes_threads_and_randomness_are_given_back():
     assert torch.equal(model[1].running_mean, statistics)
 
 
+def test_compiled_modules_run_eagerly_unless_told_otherwise():
+    built = []
+
+    def backend(graph, example_inputs):
+        built.append(graph)
+        return graph.forward
+
+    model = torch.compile(nn.Linear(3, 3), backend=backend)
+    measure_latency({"net": model}, torch.zeros(1, 3), warmup=1, repeats=5)
+    assert built == []
+    times = measure_latency({"net": model}, torch.zeros(1, 3), warmup=1, repeats=5, backend="own")
+    assert len(built) == 1
+    assert times["net"].backend == "own"
+
+
 def test_modes_are_given_back_after_an_error():
     model, threads = nn.Linear(3, 3), torch.get_num_threads()
     with pytest.raises(RuntimeError):
