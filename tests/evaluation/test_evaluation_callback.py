@@ -2,7 +2,11 @@
 
 import copy
 import json
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -353,3 +357,51 @@ def test_build_report_on_lightning_modules_with_a_datamodule():
     validate_report(report)
     assert report["metric_deltas"].keys() == {"accuracy", "loss"}
     assert 0 < report["prediction_flip_rate"] <= 1
+
+
+def test_loaders_without_a_datamodule(tmp_path):
+    data = Digits()
+    data.setup("fit")
+    callback = CompressionReport(baseline="initial", test_dataloaders=[data.test_dataloader()], latency=False)
+    model = Net()
+    trainer(tmp_path, callback).fit(model, data.train_dataloader())
+    report = read(tmp_path / "compression")
+    assert report["metric_deltas"].keys() == {"accuracy", "loss"}
+    assert report["compressed"]["metrics"]["accuracy"] == pytest.approx(reference_accuracy(model, data))
+    assert report["compressed"]["macs"] == 36 * 72 + 2880
+
+
+def test_the_seed_of_the_run_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "11")
+    callback = CompressionReport(latency=False, gzip=False)
+    trainer(tmp_path, callback).fit(Net(), datamodule=Digits())
+    assert callback.report["seed"] == 11
+
+
+DISTRIBUTED = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_evaluation_callback import CompressionReport, Digits, Net, Trainer, Zeroing
+
+callback = CompressionReport({folder!r}, baseline="initial", latency=False)
+trainer = Trainer(
+    max_epochs=1, callbacks=[callback, Zeroing()], accelerator="cpu", devices=2, strategy="ddp", logger=False,
+    enable_checkpointing=False, enable_progress_bar=False, default_root_dir={folder!r},
+)
+trainer.fit(Net(), datamodule=Digits())
+assert (callback.report is not None) == (trainer.global_rank == 0)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_report(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(DISTRIBUTED.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "out")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = read(tmp_path / "out")
+    assert report["metric_deltas"].keys() == {"accuracy", "loss"}
+    assert report["compressed"]["nonzero_parameters"] < 0.6 * report["baseline"]["nonzero_parameters"]
