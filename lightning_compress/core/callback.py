@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_compress.core.checks import check_trainer
+from lightning_compress.core.checks import check_times, check_trainer
 from lightning_compress.core.clock import UpdateClock, callbacks_of, horizon_of, is_last_batch
 from lightning_compress.core.errors import ConfigurationError, JournalMismatchError
 from lightning_compress.core.hooks import forget_undo, install_hooks, keep_undo
@@ -187,6 +187,7 @@ class CompressionCallback(Callback, ABC):
         if stage != "fit":
             return
         check_trainer(self, trainer)
+        check_times(self.schedule, trainer)
         if _overrides(self, "finalize") and os.getpid() != self._created_in:
             raise ConfigurationError(
                 f"{type(self).__name__} edits the model after fit, and a strategy that spawns or forks processes loses "
@@ -219,22 +220,27 @@ class CompressionCallback(Callback, ABC):
 
     @final
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Resolve the schedule against the run, check the whole plan and print it."""
+        """Make the edits final: a checkpoint would have been loaded by now."""
         forget_undo(pl_module)
-        timeline = self.schedule.resolve(horizon_of(trainer), clamp=bool(getattr(trainer, "fast_dev_run", False)))
-        self._run = Run(self.layers(pl_module), timeline)
-        self.attach_values(self._run.layers)
-        rows = [*self.plan(self._run.layers), *(PlanRow("kept", path, "", why) for path, why in self._left.items())]
-        self.plan_text = render_plan(f"{self.state_key}: {timeline}", rows)
-        rank_zero_info(self.plan_text)
 
     @final
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hook into the optimizers, so that values are enforced right after each step."""
+        """Resolve the schedule against the run, check and print the plan, and hook into the optimizers.
+
+        Not earlier: asking for the length of the training data before Lightning has restored its loops would keep a
+        loader's saved position from being restored.
+        """
+        timeline = self.schedule.resolve(horizon_of(trainer), clamp=bool(getattr(trainer, "fast_dev_run", False)))
+        run = Run(self.layers(pl_module), timeline)
+        self.attach_values(run.layers)
+        rows = [*self.plan(run.layers), *(PlanRow("kept", path, "", why) for path, why in self._left.items())]
+        self.plan_text = render_plan(f"{self.state_key}: {timeline}", rows)
+        rank_zero_info(self.plan_text)
+        self._run = run
         self._clock.start(trainer)
-        if self._run is not None and _overrides(self, "enforce"):
+        if _overrides(self, "enforce"):
             self._enforce()
-            self._run.after_each_step(trainer.optimizers, self.enforce)
+            run.after_each_step(trainer.optimizers, self.enforce)
 
     @final
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -339,7 +345,8 @@ class CompressionCallback(Callback, ABC):
     @final
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running fit, so that callbacks pickle and deepcopy at any time."""
-        return {**self.__dict__, "_run": None, "_module_ref": None}
+        state = {**self.__dict__, "_run": None, "_module_ref": None}
+        return {key: value for key, value in state.items() if key not in ("log", "log_dict")}  # the module's, lent
 
     # ------------------------------------------------------------------ inside
 

@@ -9,11 +9,35 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 
 from lightning_compress.core.clock import callbacks_of
 from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.schedule import Horizon, Schedule, parse_time
 
 if TYPE_CHECKING:
     from lightning_compress.core.callback import CompressionCallback
 
 _SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+
+
+def check_times(schedule: Schedule, trainer: Trainer) -> None:
+    """Refuse what is known to be wrong with a schedule before the length of the data is known.
+
+    Raises:
+        ConfigurationError: For an epoch that the run does not have, or a share of a run without end.
+    """
+    times = [(name, getattr(schedule, name)) for name in ("start", "end", "every")]
+    epochs, steps = trainer.max_epochs, trainer.max_steps
+    for name, time in [*times, *(("milestones", time) for time, _ in schedule.milestones)]:
+        kind, number = parse_time(time, name)
+        endless = (epochs is None or epochs < 0) and steps < 0
+        if schedule.shape in ("once", "milestones") and name in ("end", "every"):
+            continue
+        if kind == "percent" and endless:
+            Horizon(None, None).steps(time, name)
+        beyond = kind == "epoch" and epochs is not None and 0 <= epochs < number + (name == "start")
+        if beyond and name != "every" and not getattr(trainer, "fast_dev_run", False):
+            raise ConfigurationError(
+                f"`{name}` of the schedule is epoch {time}, but `max_epochs` is {epochs}; train longer or let the "
+                "schedule end earlier"
+            )
 
 
 def check_trainer(callback: CompressionCallback, trainer: Trainer) -> None:

@@ -50,8 +50,7 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
 
 
 def horizon_of(trainer: Trainer) -> Horizon:
-    """Return how many optimizer updates the run and one epoch have; sets up the training data if needed."""
-    trainer.fit_loop.setup_data()
+    """Return how many optimizer updates the run and one epoch have; the training data must be set up."""
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
     scheduler = next((c for c in callbacks_of(trainer) if isinstance(c, GradientAccumulationScheduler)), None)
     per_epoch: int | None = None

@@ -1,0 +1,245 @@
+"""Tiny modules with the shapes that break methods, and the rows of the contract table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from lightning_compress import CompressionCallback, Edit, IterativePruning, Rule, Schedule, Select, register_kind
+from lightning_compress.data.order import ResumableLoader
+
+
+class Mixed(nn.Module):
+    """Residual, concat, depthwise, grouped and dilated convolutions, dropout, batch norm, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8)
+        self.grouped = nn.Conv2d(8, 8, 1, groups=2)
+        self.drop = nn.Dropout(0.2)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        y = self.grouped(F.relu(self.depthwise(x))) + x
+        return self.head(self.drop(torch.cat([x.mean((2, 3)), y.amax((2, 3))], 1)))
+
+
+class Sequences(nn.Module):
+    """Embedding tied to the output, attention, LSTM, Conv1d and a frozen layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.recur = nn.LSTM(8, 8, batch_first=True)
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.decode = nn.Linear(8, 11, bias=False)
+        self.decode.weight = self.embed.weight
+        self.head = nn.Linear(11, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = (x.flatten(1) * 3).long().remainder(11)[:, :9]
+        e = self.embed(tokens)
+        e = e + self.conv(e.transpose(1, 2)).transpose(1, 2)
+        e = e + self.attend(e, e, e, need_weights=False)[0]
+        return self.head(self.decode(self.frozen(self.recur(e)[0][:, -1])))
+
+
+class MLP(nn.Module):
+    """Linear layers only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU())
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x))
+
+
+def dataset() -> TensorDataset:
+    """Return 48 fixed images of 6 x 6 in three classes."""
+    generator = torch.Generator().manual_seed(7)
+    images = torch.rand(48, 1, 6, 6, generator=generator)
+    return TensorDataset(images, images.mean((1, 2, 3)).argsort().argsort() // 16)
+
+
+class Task(LightningModule):
+    """An ordinary LightningModule; it knows nothing of compression."""
+
+    def __init__(self, net: str = "Mixed") -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = {"Mixed": Mixed, "Sequences": Sequences, "MLP": MLP}[net]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", F.cross_entropy(self(batch[0]), batch[1]), sync_dist=True)
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return torch.optim.AdamW(trained, lr=0.01, weight_decay=0.1)
+
+    def train_dataloader(self) -> ResumableLoader:
+        return ResumableLoader(dataset(), batch_size=6, seed=3)
+
+    def val_dataloader(self) -> torch.utils.data.DataLoader:
+        return torch.utils.data.DataLoader(dataset(), batch_size=24, generator=torch.Generator())
+
+    test_dataloader = val_dataloader
+
+
+# --- methods that exist only to exercise the core: each verb, and structure chosen from data
+
+
+class TwoFactors(nn.Module):
+    """A Linear as the product of two, of a rank that is chosen from the weights."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+@register_kind("replace", "test_two_factors")
+def two_factors(layer: nn.Linear, inputs: int, outputs: int, rank: int) -> nn.Module:
+    return TwoFactors(inputs, outputs, rank).to(layer.weight.device)
+
+
+class Halve(nn.Module):
+    """Half the weight."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 0.5
+
+
+@register_kind("parametrize", "test_halve")
+def halve(layer: nn.Module) -> nn.Module:
+    return Halve()
+
+
+class Probe(CompressionCallback):
+    """Does nothing between the edits."""
+
+    supported = (nn.Linear,)
+
+    def __init__(self) -> None:
+        super().__init__(Schedule(final=1.0, shape="once", start="50%"), Select(include=("net.layers",)))
+
+    def update(self, layers: Mapping[str, nn.Module], amount: float) -> None:
+        self.seen = amount
+
+    def metrics(self, layers: Mapping[str, nn.Module]) -> Mapping[str, float]:
+        return {"seen": self.seen}
+
+
+class RankFromData(Probe):
+    """Replace before fit, with a rank that depends on the weights."""
+
+    def prepare(self, layers: Mapping[str, nn.Module]) -> Iterable[Edit]:
+        for path, layer in layers.items():
+            if isinstance(layer, nn.Linear) and not path.endswith(("first", "second")):
+                rank = 2 + int(layer.weight.detach().abs().sum() * 1000) % 5
+                config = {"inputs": layer.in_features, "outputs": layer.out_features, "rank": rank}
+                yield Edit("replace", path, "test_two_factors", config)
+
+
+class Parametrized(Probe):
+    """Parametrize before fit."""
+
+    def prepare(self, layers: Mapping[str, nn.Module]) -> Iterable[Edit]:
+        for path, layer in layers.items():
+            if not nn.utils.parametrize.is_parametrized(layer):
+                yield Edit("parametrize", path, "test_halve", {"tensor": "weight"})
+
+    def finalize(self, layers: Mapping[str, nn.Module]) -> Iterable[Edit]:
+        return [Edit("bake", path, "", {"tensor": "weight"}) for path in layers]
+
+
+class SliceAtEnd(Probe):
+    """Slice after fit, by the weights."""
+
+    def finalize(self, layers: Mapping[str, nn.Module]) -> Iterable[Edit]:
+        first, second = layers["net.layers.1"], layers["net.layers.3"]
+        keep = sorted(first.weight.abs().sum(1).topk(9).indices.tolist())
+        yield Edit(
+            "slice",
+            "net.layers.1",
+            "",
+            {"tensors": {"weight": {"0": keep}, "bias": {"0": keep}}, "attributes": {"out_features": 9}},
+        )
+        yield Edit("slice", "net.layers.3", "", {"tensors": {"weight": {"1": keep}}, "attributes": {"in_features": 9}})
+        assert second is not None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method under contract.
+
+    Args:
+        name: Id of the row.
+        build: Returns the callback.
+        net: Name of the network in :class:`Task`.
+        prepared: Expected (verb, path) of edits before fit.
+        finalized: Expected (verb, path) of edits after fit.
+        metric: A metric it must log.
+        nothing: Returns the callback with a selection that matches no layer.
+    """
+
+    name: str
+    build: Callable[[], CompressionCallback]
+    net: str
+    metric: str
+    prepared: tuple[tuple[str, str], ...] = ()
+    finalized: tuple[tuple[str, str], ...] = ()
+    nothing: Callable[[], CompressionCallback] | None = field(default=None)
+
+
+def _pruning(**arguments: Any) -> Callable[[], CompressionCallback]:
+    return lambda: IterativePruning(Schedule(final=0.75, end="60%", every={"step": 1}), floor=0.02, **arguments)
+
+
+_HIDDEN = ("net.layers.1", "net.layers.3")
+_NOTHING = lambda: IterativePruning(0.5, Select(types=("Conv3d",)))  # noqa: E731
+
+ROWS = (
+    Row("pruning_global", _pruning(), "Mixed", "compress/sparsity", nothing=_NOTHING),
+    Row(
+        "pruning_layer_rules",
+        _pruning(scope="layer", rules={"stem": Rule("net.stem", 0.3), "head": Rule("net.head", 0.5)}),
+        "Mixed",
+        "compress/sparsity",
+        nothing=_NOTHING,
+    ),
+    Row("pruning_sequences", _pruning(), "Sequences", "compress/sparsity", nothing=_NOTHING),
+    Row("probe_replace_by_data", RankFromData, "MLP", "compress/seen", tuple(("replace", p) for p in _HIDDEN)),
+    Row(
+        "probe_parametrize_and_bake",
+        Parametrized,
+        "MLP",
+        "compress/seen",
+        tuple(("parametrize", p) for p in _HIDDEN),
+        tuple(("bake", p) for p in _HIDDEN),
+    ),
+    Row("probe_slice", SliceAtEnd, "MLP", "compress/seen", (), tuple(("slice", p) for p in _HIDDEN)),
+)
