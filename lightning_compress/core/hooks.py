@@ -6,7 +6,7 @@ That is the one place that works for ``fit(ckpt_path=...)``, ``test(ckpt_path=..
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -120,13 +120,24 @@ def _replay_journal(
         saved = decode_journal(written)
         for edit in saved.missing_from(_take_back(module, current, saved)):
             apply(module, edit)
-    elif current and strict:
+    elif current and not _is_part(state_dict, prefix, module):
         raise JournalMismatchError(
             f"this state_dict was saved before {len(current)} structure edits of the model (the first is "
             f"{current.edits[0]!s}), so its tensors do not fit. Load it into a model that was built anew from its "
             "class; to test an older checkpoint, do so before the edits, or on `callback.compressed`'s original"
         )
     _prepare_submodules(module, state_dict, prefix)
+
+
+def _is_part(state_dict: Mapping[str, Any], prefix: str, module: nn.Module) -> bool:
+    """Return whether a ``state_dict`` without journal holds only some tensors of ``module``, and all of them fit.
+
+    That is a partial load on purpose (``strict=False``, which torch does not tell its hooks).
+    """
+    own = {key: getattr(value, "shape", None) for key, value in module.state_dict().items() if key != JOURNAL_KEY}
+    given = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+    fits = all(key in own and own[key] == getattr(value, "shape", None) for key, value in given.items())
+    return fits and len(given) < len(own)
 
 
 def _take_back(module: nn.Module, current: Journal, saved: Journal) -> Journal:
