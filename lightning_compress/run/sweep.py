@@ -83,7 +83,7 @@ def comparison(rows: list[dict[str, Any]]) -> Table:
     table = Table(title=" ".join(["sweep", *shared]), title_justify="left")
     table.add_column("job")
     table.add_column("changed", overflow="fold", min_width=18)
-    for heading in (*names, "zeros", "compression", "file, bytes", "speed-up"):
+    for heading in (*names, "zeros", "smaller", "bytes", "faster"):
         table.add_column(heading, justify="right")
     for row in rows:
         metrics = row.get("metrics") or {}
