@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_compress.core.checks import check_times, check_trainer
 from lightning_compress.core.clock import UpdateClock, callbacks_of, horizon_of, is_last_batch
+from lightning_compress.core.copies import full_copy
 from lightning_compress.core.errors import ConfigurationError, JournalMismatchError
 from lightning_compress.core.hooks import forget_undo, install_hooks, keep_undo
 from lightning_compress.core.journal import Edit
@@ -301,7 +302,7 @@ class CompressionCallback(Callback, ABC):
         earlier = [c for c in callbacks[: callbacks.index(self)] if isinstance(c, CompressionCallback)]
         source = next((c.compressed for c in reversed(earlier) if c.compressed is not None), pl_module)
         with torch.no_grad():
-            compressed = copy.deepcopy(source)
+            compressed = full_copy(source)
             _apply_all(compressed, self.finalize(self.layers(compressed)))
         self.compressed = compressed
 

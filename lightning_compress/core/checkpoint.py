@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ import lightning_compress
 from lightning_compress.coding.container import Container, read_container, write_container
 from lightning_compress.coding.packing import Packed
 from lightning_compress.coding.state import pack_state, source, unpack_state
+from lightning_compress.core.copies import structure_copy
 from lightning_compress.core.errors import ArtifactError, ConfigurationError, did_you_mean
 from lightning_compress.core.hooks import JOURNAL_KEY, install_hooks, journal_of
 from lightning_compress.core.journal import Edit, Journal
@@ -217,17 +217,8 @@ def _check_memory(model: nn.Module) -> None:
 
 def _edited_copy(model: nn.Module, edits: Iterable[Edit]) -> nn.Module:
     """Return the structure of ``model`` after ``edits``, with every tensor on the ``meta`` device."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():  # what is neither container nor module is shared, not copied
-            if not isinstance(value, dict | list | tuple | set | nn.Module):
-                memo[id(value)] = value
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     try:
-        structure = copy.deepcopy(model, memo)
+        structure = structure_copy(model, lambda tensor: torch.empty_like(tensor, device="meta"), share=True)
     except (TypeError, RuntimeError) as error:
         raise ConfigurationError(
             f"`model` cannot be copied to try the file's edits on it ({error}); load before you attach such objects"

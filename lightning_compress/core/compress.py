@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Protocol
 
 from torch import nn
 
+from lightning_compress.core.copies import full_copy
 from lightning_compress.core.errors import ConfigurationError
 
 
@@ -47,7 +47,7 @@ def compress(model: nn.Module, *methods: Method, inplace: bool = False) -> Any:
             )
     if not methods:
         raise ConfigurationError("`methods` is empty: give at least one, such as IterativePruning(0.9)")
-    compressed = model if inplace else copy.deepcopy(model)
+    compressed = model if inplace else full_copy(model)
     for method in methods:
         method.run_once(compressed)
     return compressed

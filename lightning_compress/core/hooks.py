@@ -118,15 +118,18 @@ def _replay_journal(
     written = state_dict.pop(prefix + JOURNAL_KEY, None)
     if written is not None:
         saved = decode_journal(written)
-        for edit in saved.missing_from(_take_back(module, current, saved)):
+        missing = saved.missing_from(_take_back(module, current, saved))
+        _replay_parts(module, state_dict, prefix)
+        for edit in missing:
             apply(module, edit)
-    elif current and not _is_part(state_dict, prefix, module):
+        return
+    if current and not _is_part(state_dict, prefix, module):
         raise JournalMismatchError(
             f"this state_dict was saved before {len(current)} structure edits of the model (the first is "
             f"{current.edits[0]!s}), so its tensors do not fit. Load it into a model that was built anew from its "
             "class; to test an older checkpoint, do so before the edits, or on `callback.compressed`'s original"
         )
-    _prepare_submodules(module, state_dict, prefix)
+    _replay_parts(module, state_dict, prefix)
 
 
 def _is_part(state_dict: Mapping[str, Any], prefix: str, module: nn.Module) -> bool:
@@ -153,14 +156,19 @@ def _take_back(module: nn.Module, current: Journal, saved: Journal) -> Journal:
     return current
 
 
-def _prepare_submodules(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """Install the hooks on submodules whose own journal stands in the ``state_dict`` (a compressed part of a model)."""
-    for key in state_dict:
-        if key.startswith(prefix) and key.endswith("." + JOURNAL_KEY):
-            path = key[len(prefix) : -len(JOURNAL_KEY) - 1]
-            try:
-                install_hooks(module.get_submodule(path))
-            except AttributeError:
-                raise JournalMismatchError(
-                    f"the state_dict holds edits for {path!r}, which {type(module).__name__} does not have"
-                ) from None
+def _replay_parts(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Replay the journals of parts that were compressed before they became parts, innermost first."""
+    from lightning_compress.core.verbs import apply
+
+    keys = [key for key in state_dict if key.startswith(prefix) and key.endswith("." + JOURNAL_KEY)]
+    for key in sorted(keys, key=lambda key: -key.count(".")):
+        path = key[len(prefix) : -len(JOURNAL_KEY) - 1]
+        try:
+            part = original(module.get_submodule(path))
+        except AttributeError:
+            raise JournalMismatchError(
+                f"the state_dict holds edits for {path!r}, which {type(module).__name__} does not have"
+            ) from None
+        install_hooks(part)
+        for edit in decode_journal(state_dict[key]).missing_from(_own_journal(part) or Journal()):
+            apply(part, edit)

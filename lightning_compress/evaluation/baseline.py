@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.core.copies import structure_copy, tensors_in
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.hooks import install_hooks
-from lightning_compress.evaluation.isolation import structure_copy, tensors_in
 from lightning_compress.evaluation.measurement import Measurement
 
 

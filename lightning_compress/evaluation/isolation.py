@@ -1,10 +1,9 @@
-"""Looking at a model without changing it: copies of its structure, evaluation mode, random states, devices."""
+"""Looking at a model without changing it: evaluation mode, random states, devices."""
 
 from __future__ import annotations
 
-import copy
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.copies import tensors_in
 
 
 def call(function: Callable[..., Any], inputs: object) -> Any:
@@ -43,18 +42,6 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(map_tensors(change, item) for item in value)
     return value
-
-
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """Yield the tensors inside nested mappings, lists, tuples and sets, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, Sequence | set) and not isinstance(value, str | bytes):
-        for item in value:
-            yield from tensors_in(item)
 
 
 def device_of(model: object) -> torch.device:
@@ -102,75 +89,3 @@ def evaluating(*models: object) -> Iterator[None]:
         finally:
             for part, training in modes:
                 part.training = training
-
-
-def structure_copy(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
-    """Deep-copy a module, but let ``change`` decide what becomes of each tensor it holds.
-
-    Parameters, buffers and other tensors in attributes (also non-leaf ones, which ``copy.deepcopy`` refuses) are
-    replaced by ``change(tensor)``, so a copy on the ``meta`` device takes no memory for them. Ties stay ties. Objects
-    of the training framework in attributes (trainer, datamodule, loader, dataset) are shared, never copied.
-
-    Args:
-        model: The module to copy; it is not changed.
-        change: Called once for each distinct tensor; a result for a Parameter is wrapped into a Parameter.
-
-    Returns:
-        The copy.
-
-    Raises:
-        ConfigurationError: If a lazy layer has no shape yet.
-
-    >>> structure_copy(nn.Linear(2, 3), lambda t: t.to("meta")).weight.device
-    device(type='meta')
-    """
-    refuse_lazy(model)
-    memo: dict[int, Any] = {}
-    with torch.no_grad():
-        for module in model.modules():
-            for value in vars(module).values():
-                if _belongs_to_framework(value):
-                    memo[id(value)] = value
-                for tensor in tensors_in(value):
-                    if id(tensor) not in memo:
-                        memo[id(tensor)] = _like(tensor, change(tensor))
-        copied = copy.deepcopy(model, memo)
-    for part in copied.modules():
-        _drop_compiled_call(part)
-    return copied
-
-
-def refuse_lazy(model: nn.Module) -> None:
-    """Raise a ConfigurationError that names the first parameter which has no shape yet."""
-    for name, parameter in model.named_parameters():
-        if nn.parameter.is_lazy(parameter):
-            raise ConfigurationError(
-                f"`model`: expected parameters with a shape, but {name!r} is uninitialized (a lazy layer). "
-                "Run the model once on an example batch first."
-            )
-
-
-def _drop_compiled_call(module: nn.Module) -> None:
-    """Drop what ``module.compile()`` left in a copy: it is bound to the original, and would run that instead."""
-    for name, value in list(vars(module).items()):
-        made_by_torch = callable(value) and getattr(value, "__module__", "") == nn.Module.__module__
-        if made_by_torch and getattr(type(module), name, value) is None:
-            delattr(module, name)
-
-
-def _like(tensor: Tensor, changed: Tensor) -> Tensor:
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(changed.detach(), requires_grad=tensor.requires_grad)
-    return changed
-
-
-def _belongs_to_framework(value: object) -> bool:
-    """Return whether a value is a trainer, a datamodule, a loader, a dataset or the like: large, and not the model."""
-    if isinstance(value, nn.Module | Tensor):
-        return False
-    homes = [base.__module__ for base in type(value).__mro__]
-    return any(
-        home.partition(".")[0] in {"lightning", "pytorch_lightning", "lightning_fabric"}
-        or home.startswith("torch.utils.data")
-        for home in homes
-    )

@@ -15,7 +15,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torchmetrics import Metric
 
-from lightning_compress.evaluation.isolation import device_of, same_randomness, structure_copy
+from lightning_compress.core.copies import structure_copy
+from lightning_compress.evaluation.isolation import device_of, same_randomness
 
 _PREFIXES = ("test/", "test_", "test-", "test.")
 
