@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lightning_compress.core.errors import ConfigurationError
 
-
 _CONTAINERS = (dict, list, tuple, set, nn.Module, Tensor)
 
 
