@@ -131,7 +131,7 @@ def plan_stages(settings: Settings, folder: RunFolder, data: LightningDataModule
         callbacks = {name: build_callback(settings, name) for name in (*stage.callbacks, *stage.apply)}
         known = known and not stage.apply
         if known:
-            trainer = build_trainer(settings, stage, folder, [*callbacks.values(), StopAfterPlan()], logger=False)
+            trainer = build_trainer(settings, stage, folder, [*callbacks.values(), StopAfterPlan()], writes=False)
             with own_optimizer(outcome.module, stage), quiet(logging.WARNING), suppress(PlanReadyError):
                 trainer.fit(outcome.module, datamodule=data)
         texts = [getattr(callback, "plan_text", "") or f"{name}: {UNKNOWN}" for name, callback in callbacks.items()]
@@ -230,20 +230,28 @@ def build_callback(settings: Settings, name: str) -> Callback:
 
 
 def build_trainer(
-    settings: Settings, stage: Stage, folder: RunFolder, callbacks: list[Callback], logger: Any = None
+    settings: Settings, stage: Stage, folder: RunFolder, callbacks: list[Callback], writes: bool = True
 ) -> Trainer:
-    """Build the Trainer of a stage: the common arguments, the stage's own, its log and its checkpoints."""
+    """Build the Trainer of a stage: the common arguments, the stage's own, its log and its checkpoints.
+
+    Args:
+        settings: The checked configuration.
+        stage: Its own arguments win.
+        folder: Where logs and checkpoints go.
+        callbacks: Those of the stage.
+        writes: ``False`` for a Trainer without log and checkpoints.
+    """
     where = f"stages.{stage.name}.trainer"
     arguments = {**settings.trainer, **stage.trainer, "_partial_": True}
     if arguments.get("enable_progress_bar") is None:
         arguments["enable_progress_bar"] = sys.stderr.isatty()
     configured = arguments.pop("logger", False)
-    if logger is None:
-        logger = _logger(configured, stage, folder)
-    kept = newest_checkpoints(folder.checkpoint_folder(stage.name), **settings.checkpoint)
+    logger = _logger(configured, stage, folder) if writes else False
+    if writes:
+        callbacks = [*callbacks, *newest_checkpoints(folder.checkpoint_folder(stage.name), **settings.checkpoint)]
     make = build(where, arguments)
     try:
-        trainer = make(logger=logger, callbacks=[*callbacks, *kept], default_root_dir=folder.path)
+        trainer = make(logger=logger, callbacks=callbacks, enable_checkpointing=writes, default_root_dir=folder.path)
     except Exception as error:  # Lightning has several types for a wrong argument
         raise ConfigurationError(f"`{where}` (or `trainer`): {error}") from error
     if not isinstance(trainer, Trainer):

@@ -71,7 +71,7 @@ class PlanReadyError(Exception):
 class StopAfterPlan(Callback):
     """Leave ``fit`` before the first batch. Put it last."""
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop here."""
         raise PlanReadyError
 

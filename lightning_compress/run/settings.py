@@ -51,6 +51,7 @@ class Settings:
         stages: In order.
         baseline_after: The stage whose end is the baseline; ``None`` when there is no stage.
         checkpoint: ``every_n_epochs`` and ``every_n_steps``.
+        report: ``latency``, ``batch_size`` and ``threads`` of what is measured at the end.
         raw: All of it, as it is written to the run's folder.
     """
 
@@ -65,6 +66,7 @@ class Settings:
     stages: tuple[Stage, ...]
     baseline_after: str | None
     checkpoint: Mapping[str, Any]
+    report: Mapping[str, Any]
     raw: Mapping[str, Any]
 
 
@@ -88,10 +90,10 @@ def read_settings(config: DictConfig) -> Settings:
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ConfigurationError(f"`seed` must be a whole number in [0, 2**32), got {seed!r}")
     _check_count("threads", raw["threads"])
-    for key in ("model", "data", "trainer", "task", "callbacks", "stages", "checkpoint"):
+    for key in ("model", "data", "trainer", "task", "callbacks", "stages", "checkpoint", "report"):
         _check_mapping(key, raw[key])
     _check_keys("model", raw["model"], {"module", "checkpoint"}, required={"module"})
-    _check_checkpoint(raw["checkpoint"])
+    _check_numbers(raw["checkpoint"], raw["report"])
     check_targets(raw)
     stages = tuple(_read_stage(name, value, raw["callbacks"]) for name, value in raw["stages"].items())
     for stage in stages:
@@ -120,15 +122,22 @@ def _check_keys(where: str, value: Mapping[str, Any], known: Iterable[str], requ
             raise ConfigurationError(f"`{prefix}{key}` is missing from the configuration")
 
 
-def _check_checkpoint(value: Mapping[str, Any]) -> None:
-    _check_keys("checkpoint", value, ("every_n_epochs", "every_n_steps"))
-    for key, number in value.items():
+def _check_numbers(checkpoint: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+    _check_keys("checkpoint", checkpoint, ("every_n_epochs", "every_n_steps"))
+    for key, number in checkpoint.items():
         _check_count(f"checkpoint.{key}", number)
+    _check_keys("report", report, ("latency", "batch_size", "threads"), required=("latency", "batch_size", "threads"))
+    for key in ("batch_size", "threads"):
+        _check_count(f"report.{key}", report[key], optional=False)
+    if not isinstance(report["latency"], bool):
+        raise ConfigurationError(f"`report.latency` must be true or false, got {report['latency']!r}")
 
 
-def _check_count(where: str, number: Any) -> None:
-    if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
-        raise ConfigurationError(f"`{where}` must be a whole number of at least 1 or null, got {number!r}")
+def _check_count(where: str, number: Any, optional: bool = True) -> None:
+    if (number is None and optional) or (isinstance(number, int) and not isinstance(number, bool) and number >= 1):
+        return
+    either = " or null" if optional else ""
+    raise ConfigurationError(f"`{where}` must be a whole number of at least 1{either}, got {number!r}")
 
 
 def _read_stage(name: str, value: Any, callbacks: Mapping[str, Any]) -> Stage:

@@ -35,21 +35,10 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class CompressTask:
-    """Baseline, stages, evaluation, report, artifact.
-
-    Args:
-        latency_batch_size: Samples per batch for operations and latency, at least 1.
-        threads: CPU threads for the latency, at least 1.
-        latency: Whether to measure latency.
-    """
-
-    latency_batch_size: int = 1
-    threads: int = 1
-    latency: bool = True
+    """Baseline, stages, evaluation, report, artifact."""
 
     def run(self, settings: Settings, folder: RunFolder) -> None:
         """Run the stages that are left, then measure and write."""
-        _check_numbers(self.latency_batch_size, self.threads)
         data = build_data(settings)
         outcome = run_stages(settings, folder, data)
         baseline = build_module(settings)
@@ -59,35 +48,24 @@ class CompressTask:
         report = build_report(
             baseline,
             outcome.module,
-            example_inputs=take(example_inputs(outcome.module, data), self.latency_batch_size),
+            example_inputs=take(example_inputs(outcome.module, data), settings.report["batch_size"]),
             datamodule=data,
             artifact=save_compressed(outcome.module, folder.path / ARTIFACT, provenance),
             history=outcome.history,
             recipe=settings.recipe,
             seed=settings.seed,
-            latency=self.latency,
-            threads=self.threads,
+            latency=settings.report["latency"],
+            threads=settings.report["threads"],
         )
         _publish(report, folder)
 
 
 @dataclass(frozen=True)
 class EvaluateTask:
-    """Measure ``model.checkpoint``: a compressed artifact, a Lightning checkpoint or plain weights.
-
-    Args:
-        latency_batch_size: Samples per batch for operations and latency, at least 1.
-        threads: CPU threads for the latency, at least 1.
-        latency: Whether to measure latency.
-    """
-
-    latency_batch_size: int = 1
-    threads: int = 1
-    latency: bool = True
+    """Measure ``model.checkpoint``: a compressed artifact, a Lightning checkpoint or plain weights."""
 
     def run(self, settings: Settings, folder: RunFolder) -> None:
         """Load, measure, write the report."""
-        _check_numbers(self.latency_batch_size, self.threads)
         path = settings.model.get("checkpoint")
         if not path:
             raise ConfigurationError("`model.checkpoint` is null; `task=evaluate` measures a file, give its path")
@@ -96,13 +74,13 @@ class EvaluateTask:
         report = build_report(
             None,
             module,
-            example_inputs=take(example_inputs(module, data), self.latency_batch_size),
+            example_inputs=take(example_inputs(module, data), settings.report["batch_size"]),
             datamodule=data,
             artifact=inspect_compressed(path) if is_artifact(Path(path)) else None,
             recipe=settings.recipe,
             seed=settings.seed,
-            latency=self.latency,
-            threads=self.threads,
+            latency=settings.report["latency"],
+            threads=settings.report["threads"],
         )
         _publish(report, folder)
 
@@ -175,12 +153,6 @@ def _task(settings: Settings) -> Task:
     if not isinstance(task, Task):
         raise ConfigurationError(f"`task._target_` must build something with `run`, got {type(task).__name__}")
     return task
-
-
-def _check_numbers(latency_batch_size: int, threads: int) -> None:
-    for name, value in (("latency_batch_size", latency_batch_size), ("threads", threads)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigurationError(f"`task.{name}` must be a whole number of at least 1, got {value!r}")
 
 
 def _publish(report: Mapping[str, Any], folder: RunFolder) -> None:

@@ -23,7 +23,7 @@ defaults:
 
 threads: 1
 checkpoint: {every_n_steps: 4}
-task: {latency: false}
+report: {latency: false}
 trainer: {limit_val_batches: 2}
 data:
   batch_size: 100
@@ -69,7 +69,11 @@ class Killer(Callback):
 def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "VICTIM": str(folder / "victim"), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "lightning_compress", *words], cwd=folder, env=environment, text=True, capture_output=True
+        [sys.executable, "-m", "lightning_compress", *words],
+        cwd=folder,
+        env=environment,
+        text=True,
+        capture_output=True,
     )
 
 
