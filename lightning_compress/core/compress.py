@@ -41,7 +41,7 @@ def compress(model: nn.Module, *methods: Method, inplace: bool = False) -> Any:
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
     for method in methods:
-        if not callable(getattr(method, "run_once", None)):
+        if isinstance(method, type) or not callable(getattr(method, "run_once", None)):
             raise ConfigurationError(
                 f"`methods` must be compression callbacks such as IterativePruning(0.9), got {method!r}"
             )

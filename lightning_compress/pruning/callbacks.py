@@ -95,7 +95,11 @@ class IterativePruning(CompressionCallback):
         layers, left = dict(selection.layers), dict(selection.left)
         self._rule_of = {}
         for name, rule in self.rules.items():
-            for path, layer in rule.select.resolve(root, PRUNABLE).layers.items():
+            try:
+                ruled = rule.select.resolve(root, PRUNABLE).layers
+            except SelectionError as error:
+                raise SelectionError(f"rule {name!r}: {error}") from error
+            for path, layer in ruled.items():
                 self._rule_of[path] = name
                 left.pop(path, None)
                 layers[path] = layer

@@ -34,7 +34,9 @@ class Rule:
 
     def __post_init__(self) -> None:
         if isinstance(self.amount, bool) or not isinstance(self.amount, int | float) or not 0 <= self.amount <= 1:
-            raise ConfigurationError(f"`amount` of a rule must be a number from 0 to 1, got {self.amount!r}")
+            raise ConfigurationError(
+                f"`amount` of a rule must be a number from 0 to 1, got {self.amount!r}; 90 % is written 0.9"
+            )
         for name in ("include", "exclude", "types"):
             object.__setattr__(self, name, getattr(self.select, name))
 
@@ -69,5 +71,8 @@ def as_rules(rules: Mapping[str, Rule | Mapping[str, Any]] | None) -> dict[str, 
         missing = [key for key in ("include", "amount") if key not in rule]
         if missing:
             raise ConfigurationError(f"rule {name!r} lacks `{missing[0]}`; give include and amount")
-        built[str(name)] = Rule(**rule)
+        try:
+            built[str(name)] = Rule(**rule)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"rule {name!r}: {error}") from error
     return built
