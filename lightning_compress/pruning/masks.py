@@ -67,10 +67,13 @@ def apply_mask(weight: Tensor, mask: Tensor, scratch: dict[torch.dtype, Tensor] 
     if weight.device.type != "cpu" or weight.stride() != mask.stride() or not is_dense(weight):
         weight.detach().view(kind).bitwise_and_(mask)
         return
+    bits, flags = storage_order(weight.detach()).view(kind), storage_order(mask)
+    if torch.get_num_threads() == 1:  # numpy widens the mask in small pieces within one pass, but on one thread only
+        np.bitwise_and(bits.numpy(), flags.numpy(), out=bits.numpy())
+        return
     buffers = {} if scratch is None else scratch
     if kind not in buffers:
         buffers[kind] = torch.empty(_CHUNK, dtype=kind)
-    bits, flags = storage_order(weight.detach()).view(kind), storage_order(mask)
     for piece, flag in zip(bits.split(_CHUNK), flags.split(_CHUNK), strict=True):
         piece.bitwise_and_(buffers[kind][: piece.numel()].copy_(flag))
 
