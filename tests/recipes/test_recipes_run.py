@@ -1,0 +1,87 @@
+"""Every recipe composes, runs end to end on a few batches, and says in its header what it reached."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from lightning_compress.cli import main
+from lightning_compress.run.shipped import config_folder, header, recipe_files, register_recipes
+
+RECIPES = recipe_files()
+FACTS = ("Command:", "Seed:", "Machine:", "Baseline:", "Result:", "Wall time:")
+FEW = [f"trainer.limit_{part}_batches=2" for part in ("train", "val", "test")]
+
+
+def test_no_recipe_is_forgotten() -> None:
+    assert set(RECIPES) == {"digits_prune", "mnist_lenet300_prune", "mnist_lenet5_prune"}
+
+
+@pytest.fixture
+def small_mnist(tmp_path: Path) -> Path:
+    """Files in MNIST's format with random images, as many as the fixed split needs and a few more."""
+    raw = tmp_path / "mnist" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for prefix, count in (("train", 5300), ("t10k", 300)):
+        images = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = random.integers(0, 10, count, dtype=np.uint8)
+        shape = np.array([0x803, count, 28, 28], dtype=">i4").tobytes()
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(shape + images.tobytes())
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(
+            np.array([0x801, count], dtype=">i4").tobytes() + labels.tobytes()
+        )
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_runs(name: str, small_mnist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(small_mnist)
+    monkeypatch.setenv("LIGHTNING_COMPRESS_DATA", str(small_mnist))
+    stages = compose_recipe([f"recipes={name}"]).stages
+    short = [f"++stages.{stage}.trainer.max_epochs=1" for stage in stages]
+    assert main([f"recipes={name}", "hydra.run.dir=run", "trainer=quiet", "report.latency=false", *FEW, *short]) == 0
+    report = json.loads(Path("run/report.json").read_text())
+    assert report["recipe"] == name
+    assert report["compression_rate"] > 6
+    assert Path("run/compressed.safetensors").stat().st_size == report["compressed"]["artifact_bytes"]
+
+
+def compose_recipe(words: list[str]):
+    register_recipes()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return compose("config", overrides=words)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_header_says_what_was_reached(name: str) -> None:
+    lines = header(RECIPES[name])
+    assert 20 < len(lines[0]) <= 110
+    for fact in FACTS:
+        (found,) = [line for line in lines if line.startswith(fact)]
+        assert len(found.removeprefix(fact).strip()) > 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_commands_of_the_header_parse(name: str) -> None:
+    commands = [
+        line.partition("lightning-compress ")[2] for line in header(RECIPES[name]) if "lightning-compress " in line
+    ]
+    assert commands
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        overrides = OverridesParser.create().parse_overrides([word for word in words if word != "-m"])
+        assert any(override.is_sweep_override() for override in overrides) == ("-m" in words)
+        for index, override in enumerate(overrides):
+            values = override.sweep_string_iterator() if override.is_sweep_override() else ()
+            for value in values:
+                rest = [other.input_line for place, other in enumerate(overrides) if place != index]
+                assert list(compose_recipe([*rest, f"{override.key_or_group}={value}"]).stages)
+        plain = [override.input_line for override in overrides if not override.is_sweep_override()]
+        assert list(compose_recipe(plain).stages)
