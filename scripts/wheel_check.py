@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 FOREIGN_CONFIG = "epochs: 3\ncallbacks: {}\n"
-FOREIGN_APP = '''
+FOREIGN_APP = """
 import hydra
 from hydra.utils import instantiate
 from lightning_compress import IterativePruning
@@ -34,7 +34,7 @@ def main(cfg):
 
 
 main()
-'''
+"""
 
 
 def call(*command: str | Path, cwd: Path, **environment: str) -> str:

@@ -48,9 +48,9 @@ def test_a_checkout_wins_over_a_copy_in_the_package(
     checkout: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "lightning_compress"
-    (package / "conf").mkdir(parents=True)
+    (package / "conf").mkdir(parents=True, exist_ok=True)
     if checkout:
-        (tmp_path / "conf").mkdir()
+        (tmp_path / "conf").mkdir(exist_ok=True)
         (tmp_path / "pyproject.toml").touch()
     monkeypatch.setattr(plugin, "find_spec", lambda name: SimpleNamespace(origin=str(package / "__init__.py")))
     assert plugin.shipped_folder("conf") == (tmp_path / "conf" if checkout else package / "conf")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
 
 from lightning_compress.cli import main
 from lightning_compress.run.shipped import config_folder, header, recipe_files, register_recipes
@@ -53,7 +54,7 @@ def test_a_recipe_runs(name: str, small_mnist: Path, monkeypatch: pytest.MonkeyP
     assert Path("run/compressed.safetensors").stat().st_size == report["compressed"]["artifact_bytes"]
 
 
-def compose_recipe(words: list[str]):
+def compose_recipe(words: list[str]) -> DictConfig:
     register_recipes()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         return compose("config", overrides=words)
