@@ -23,11 +23,9 @@ LIGHTNING_FILES = {
     "core/checks.py",
     "core/clock.py",
     "evaluation/metrics.py",
-    "distillation/module.py",
     "stages.py",
-    "cli.py",
 }
-LIGHTNING_FOLDERS = {"models", "data", "run"}
+LIGHTNING_FOLDERS = {"models", "data"}
 
 FORBIDDEN_CALLS = {"eval", "exec", "__import__"}
 FORBIDDEN_MODULES = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}

@@ -35,8 +35,8 @@ class IterativePruning(CompressionCallback):
     ``fit(ckpt_path=...)`` from any point.
 
     Weights of Linear, convolution, recurrent and attention layers are pruned; biases, norms, embeddings and the
-    last layer are left alone. Weights that are frozen at an update are left alone until they are unfrozen; parameters
-    tied to a layer outside the selection are kept, and the plan names them all.
+    last layer are left alone. Weights that are frozen at an update are left alone until the first update after they
+    are unfrozen; parameters tied to a layer outside the selection are kept, and the plan names them all.
 
     It makes the file smaller (``save_compressed`` stores zeros as a bitmap) but, on dense kernels, nothing faster.
 
@@ -203,6 +203,12 @@ class IterativePruning(CompressionCallback):
                 raise ConfigurationError(
                     f"`{name}` is {amount:g}, but `floor` keeps {self.floor:g} of every tensor; lower one of them"
                 )
+        idle = [name for name, rule in self.rules.items() if rule.amount > 0 and self.schedule.final == 0]
+        if idle:
+            raise ConfigurationError(
+                f"`final` is 0, so rule {idle[0]!r}, which follows the schedule's progress, would never prune; give a "
+                "`final` above 0 and put a rule with amount 0 for '*' before it, or name its layers in `select`"
+            )
         if self.schedule.initial > self.schedule.final:
             raise ConfigurationError(
                 f"`initial` ({self.schedule.initial:g}) is above `final` ({self.schedule.final:g}): pruning only grows"

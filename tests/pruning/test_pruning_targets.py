@@ -215,6 +215,7 @@ def test_a_rule_for_no_layer_is_an_error() -> None:
         ({"schedule": 1.0}, "`final` is 1, but `floor`"),
         ({"schedule": 0.5, "rules": {"a": Rule("*", 1)}}, "`amount of rule 'a'` is 1, but `floor`"),
         ({"schedule": Schedule(0.5, initial=0.6)}, r"`initial` \(0.6\) is above `final` \(0.5\)"),
+        ({"schedule": 0.0, "rules": {"a": Rule("*", 0.5)}}, "`final` is 0, so rule 'a'.*would never prune"),
         ({"schedule": 0.5, "scope": "gobal"}, "`scope` is 'gobal': did you mean 'global'"),
         ({"schedule": 0.5, "scope": None}, "`scope`"),
         ({"schedule": 0.5, "floor": 1.0}, "`floor` must be a number from 0 to below 1"),
