@@ -143,7 +143,7 @@ def _bracket(sample: NDArray[np.float32], share: float, spread: float, least: fl
 
 
 def _kth_on_device(values: Sequence[Tensor], k: int, absolute: bool) -> Threshold:
-    device = next(value.device for value in values if value.device.type != "cpu")
+    device = next((value.device for value in values if value.device.type != "cpu"), values[0].device)
     flat = torch.cat([storage_order(value.detach()).to(device).float() for value in values])
     flat = flat.abs() if absolute else flat
     if bool(flat.isnan().any()):

@@ -159,7 +159,7 @@ def test_power(power: Any) -> None:
 
 def test_shape_typo() -> None:
     with pytest.raises(ConfigurationError, match=r"`shape`.*did you mean 'polynomial'"):
-        Schedule(0.5, shape="polynomal")
+        Schedule(0.5, shape="polynomiel")
 
 
 @pytest.mark.parametrize("arguments", [{"final": 1.0}, {"final": 0.5, "initial": 1.0}])

@@ -166,7 +166,7 @@ HOSTILE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"weight": {"9": [0]}}, {}),
     ({"weight": {"x": [0]}}, {}),
     ({"weight": [0]}, {}),
-    ({"weigth": {"0": [0]}}, {}),
+    ({"weightt": {"0": [0]}}, {}),
     ({"bias": {"0": [0]}, "weight": {"0": [9]}}, {}),
     ({}, {"forward": 3}),
     ({}, {"training": 1}),

@@ -195,5 +195,5 @@ def test_global_masks_prune_the_least_magnitude_that_the_floors_allow(
 
 
 def test_unknown_scope() -> None:
-    with pytest.raises(ConfigurationError, match=r"`scope` is 'gobal'.*did you mean 'global'"):
-        choose_masks({"a": torch.ones(2)}, 0.5, "gobal", 0.0)
+    with pytest.raises(ConfigurationError, match=r"`scope` is 'globall'.*did you mean 'global'"):
+        choose_masks({"a": torch.ones(2)}, 0.5, "globall", 0.0)

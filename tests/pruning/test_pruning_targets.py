@@ -187,7 +187,7 @@ def test_rules_can_narrow_by_exclude_and_type() -> None:
     [
         ([Rule("a", 0.5)], "`rules` must be a mapping"),
         ({"stem": 0.5}, "rule 'stem' must be a Rule or a mapping with include, amount"),
-        ({"stem": {"inclde": "a", "amount": 0.5}}, "rule 'stem' has no argument 'inclde': did you mean 'include'"),
+        ({"stem": {"includ": "a", "amount": 0.5}}, "rule 'stem' has no argument 'inclde': did you mean 'include'"),
         ({"stem": {"include": "a"}}, "rule 'stem' lacks `amount`"),
         ({"stem": {"amount": 0.1}}, "rule 'stem' lacks `include`"),
         ({"stem": {"include": "a", "amount": 50}}, r"rule 'stem'.*`amount`.*90 % is written 0\.9"),
@@ -216,7 +216,7 @@ def test_a_rule_for_no_layer_is_an_error() -> None:
         ({"schedule": 0.5, "rules": {"a": Rule("*", 1)}}, "`amount of rule 'a'` is 1, but `floor`"),
         ({"schedule": Schedule(0.5, initial=0.6)}, r"`initial` \(0.6\) is above `final` \(0.5\)"),
         ({"schedule": 0.0, "rules": {"a": Rule("*", 0.5)}}, "`final` is 0, so rule 'a'.*would never prune"),
-        ({"schedule": 0.5, "scope": "gobal"}, "`scope` is 'gobal': did you mean 'global'"),
+        ({"schedule": 0.5, "scope": "globall"}, "`scope` is 'globall': did you mean 'global'"),
         ({"schedule": 0.5, "scope": None}, "`scope`"),
         ({"schedule": 0.5, "floor": 1.0}, "`floor` must be a number from 0 to below 1"),
         ({"schedule": 0.5, "floor": -0.1}, "`floor`"),

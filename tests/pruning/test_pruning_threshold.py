@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_compress.core.errors import CompressionError
 from lightning_compress.pruning.threshold import Threshold, as_array, chunks, kth_smallest, storage_order
+from lightning_compress.pruning.threshold import _kth_on_device as kth_on_device
 
 
 def by_sorting(values: list[Tensor], k: int, absolute: bool) -> Threshold:
@@ -39,6 +40,15 @@ def groups(draw: st.DrawFn) -> tuple[list[Tensor], int, bool]:
 def test_equals_a_sort(drawn: tuple[list[Tensor], int, bool]) -> None:
     values, k, absolute = drawn
     assert kth_smallest(values, k, absolute) == by_sorting(values, k, absolute)
+    assert kth_on_device(values, k, absolute) == by_sorting(values, k, absolute)
+
+
+def test_the_way_of_accelerators_changes_nothing_and_sees_nan() -> None:
+    value = torch.tensor([-3.0, 2.0, math.nan])
+    with pytest.raises(CompressionError, match="NaN"):
+        kth_on_device([value], 1, True)
+    kth_on_device([value[:2]], 1, True)
+    assert value[:2].tolist() == [-3.0, 2.0]
 
 
 @pytest.mark.parametrize("absolute", [False, True])
