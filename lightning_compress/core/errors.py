@@ -37,7 +37,7 @@ def did_you_mean(word: str, options: Iterable[str], limit: int = 3) -> str:
     Returns:
         ``"did you mean 'a' or 'b'?"``, or ``"expected one of 'a', 'b', ..."``; for no options ``"there are none"``.
 
-    >>> did_you_mean("polynomal", ["linear", "polynomial"])
+    >>> did_you_mean("polynomiel", ["linear", "polynomial"])
     "did you mean 'polynomial'?"
     >>> did_you_mean("x", ["linear", "cosine"])
     "expected one of 'linear', 'cosine'"

@@ -187,7 +187,7 @@ def test_rules_can_narrow_by_exclude_and_type() -> None:
     [
         ([Rule("a", 0.5)], "`rules` must be a mapping"),
         ({"stem": 0.5}, "rule 'stem' must be a Rule or a mapping with include, amount"),
-        ({"stem": {"includ": "a", "amount": 0.5}}, "rule 'stem' has no argument 'inclde': did you mean 'include'"),
+        ({"stem": {"includez": "a", "amount": 0.5}}, "rule 'stem' has no argument 'includez': did you mean 'include'"),
         ({"stem": {"include": "a"}}, "rule 'stem' lacks `amount`"),
         ({"stem": {"amount": 0.1}}, "rule 'stem' lacks `include`"),
         ({"stem": {"include": "a", "amount": 50}}, r"rule 'stem'.*`amount`.*90 % is written 0\.9"),
