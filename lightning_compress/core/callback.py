@@ -178,7 +178,7 @@ class CompressionCallback(Callback, ABC):
     @property
     @final
     def state_key(self) -> str:
-        """Key of this callback's state in a checkpoint."""
+        """Key of this callback's state in a checkpoint; Lightning refuses two callbacks with the same key."""
         return type(self).__qualname__ + (f"[{self.name}]" if self.name else "")
 
     @final
@@ -368,11 +368,9 @@ class CompressionCallback(Callback, ABC):
 
     def _due_amount(self, timeline: Timeline, t: int, last: bool) -> float | None:
         """Return the amount to apply after update ``t``, or ``None``; catches up where a schedule time was skipped."""
-        if timeline.due(t):
-            return max(timeline.amount(t), self._floor)
         if (timeline.reached(t) or last) and not self.at_target:
             return max(self.schedule.final, self._floor)
-        return None
+        return max(timeline.amount(t), self._floor) if timeline.due(t) else None
 
     def _change(self, layers: Layers, amount: float, epoch: int) -> None:
         self.update(layers, amount)

@@ -44,26 +44,18 @@ def check_trainer(callback: CompressionCallback, trainer: Trainer) -> None:
     """Raise if ``callback`` cannot work with this Trainer's strategy or its other callbacks.
 
     Raises:
-        ConfigurationError: For a sharded strategy, a second callback with the same key, a callback that conflicts, or
-            one on the wrong side of this one.
+        ConfigurationError: For a sharded strategy, a callback that conflicts, or one on the wrong side of this one.
     """
     if isinstance(trainer.strategy, _SHARDED):
         raise ConfigurationError(
             f"{callback.state_key} needs whole weights on every process, but `strategy` is "
             f"{type(trainer.strategy).__name__}, which shards them; use strategy='ddp' or a single device"
         )
-    from lightning_compress.core.callback import CompressionCallback
-
     callbacks = callbacks_of(trainer)
     mine = callbacks.index(callback)
     for position, other in enumerate(callbacks):
         if other is callback:
             continue
-        if isinstance(other, CompressionCallback) and other.state_key == callback.state_key:
-            raise ConfigurationError(
-                f"two callbacks share the key {callback.state_key!r}, so a checkpoint could not tell them apart; "
-                "give each its own `name`"
-            )
         if isinstance(other, callback.conflicts_with):
             raise ConfigurationError(
                 f"{callback.state_key} and {type(other).__name__} change the same weights; remove one of them"
