@@ -98,6 +98,10 @@ class CompressionCallback(Callback, ABC):
     def enforce(self, layers: Layers) -> None:
         """Re-impose what holds between updates (zeros); called under ``no_grad`` after every optimizer step."""
 
+    def pending(self, layers: Layers) -> bool:
+        """Return whether a layer that could not be changed at the last update (it was frozen) can be changed now."""
+        return False
+
     def enforce_state(self, state_dict: dict[str, Any]) -> None:
         """Re-impose the same on a ``state_dict`` that is about to be saved, which may hold averaged weights."""
 
@@ -260,6 +264,8 @@ class CompressionCallback(Callback, ABC):
         applied, t = self._clock.tick(trainer), self._clock.updates - 1
         last = is_last_batch(trainer)
         amount = self._due_amount(self._run.timeline, t, last) if applied or last else None
+        if applied and amount is None and batch_idx == 0 and self.at_target and self.pending(self._run.layers):
+            amount = self._amount
         if amount is not None:
             with torch.no_grad():
                 self._change(self._run.layers, amount, trainer.current_epoch)

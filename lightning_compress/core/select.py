@@ -145,6 +145,8 @@ class Select:
         present = sorted({type(module).__name__ for module in everything.values()})
         asked = f"of type {' or '.join(wanted)}" if wanted else "that this method can work on"
         known = [kind.__name__ for kind in supported]
+        if supported and isinstance(root, supported):
+            return f"{type(root).__name__} is a single layer without a path of its own; wrap it: nn.Sequential(layer)"
         return (
             f"{type(root).__name__} has no layer {asked}"
             + (f" (supported: {', '.join(known)})" if known else "")

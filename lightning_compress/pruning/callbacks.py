@@ -142,6 +142,12 @@ class IterativePruning(CompressionCallback):
             if target.key in self._masks and target.layer in layers:
                 self._zero(target.key, target.weight(layers))
 
+    def pending(self, layers: Layers) -> bool:
+        """Return whether a weight without a mask has been unfrozen since the last update."""
+        spared = {path for path, name in self._rule_of.items() if self.rules[name].amount == 0}
+        unmasked = (t for t in self._targets if t.key not in self._masks and t.layer not in spared)
+        return any(target.weight(layers).requires_grad for target in unmasked)
+
     def enforce_state(self, state_dict: dict[str, Any]) -> None:
         """Put the zeros into weights that are about to be saved."""
         tensors = {clean_path(key): value for key, value in state_dict.items() if isinstance(value, Tensor)}

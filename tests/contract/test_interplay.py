@@ -376,7 +376,6 @@ def test_layers_built_in_configure_model(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- other shapes of a run
 
 
-@pytest.mark.filterwarnings("ignore:training ended after|ignore:.*training ended after")
 def test_ending_early_says_so(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"training ended after 4 optimizer updates .* was due at update 21"):
         trainer(tmp_path, pruning(end={"step": 20}), max_time=None, enable_checkpointing=False, max_epochs=3).fit(
@@ -413,6 +412,18 @@ def test_a_frozen_backbone_is_pruned_from_the_epoch_it_is_unfrozen(tmp_path: Pat
     assert [share for _, share, _ in shares[:2]] == [0.0, 0.0]
     assert shares[0][2] > 0
     assert shares[-1][1:] == (0.5, 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*BaseFinetuning")
+def test_what_is_unfrozen_after_the_schedule_is_pruned_then(tmp_path: Path) -> None:
+    model = Task("MLP")
+    model.backbone = model.net.layers
+    model.configure_optimizers = lambda: torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    callback = IterativePruning(Schedule(0.5, end={"step": 3}, every={"step": 1}), Select(), scope="layer")
+    finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=2, verbose=False)
+    trainer(tmp_path, callback, finetuning, max_epochs=4, enable_checkpointing=False).fit(model)
+    assert float((model.backbone[1].weight == 0).float().mean()) == 0.5
+    assert [entry["step"] for entry in callback.history] == [1, 2, 3, 4, 17]
 
 
 def test_accumulation_that_changes_between_epochs(tmp_path: Path) -> None:
