@@ -127,10 +127,10 @@ def _refresh(weights: dict[str, Tensor]) -> None:
 
 def measure(quick: bool) -> list[Row]:
     """Return all rows."""
-    sizes = [(1_000_000, 9), (10_000_000, 3 if quick else 7), (GOALS_SIZE, 1 if quick else 5)]
-    rows = step_rows("ResNet-18, 32x3x32x32", resnet, (32, 3, 32, 32), 3 if quick else 30, RESNET_GOAL)
-    rows += step_rows("MLP of 4.2 M weights, batch 128", mlp, (128, 2048), 12 if quick else 120, MLP_GOAL)
-    rows += memory_rows(2048, 4 if quick else 8, 1 if quick else 3, MEMORY_GOAL)
+    sizes = [(1_000_000, 9), (10_000_000, 1 if quick else 7), (GOALS_SIZE, 1 if quick else 5)]
+    rows = step_rows("ResNet-18, 32x3x32x32", resnet, (32, 3, 32, 32), 2 if quick else 30, RESNET_GOAL)
+    rows += step_rows("MLP of 4.2 M weights, batch 128", mlp, (128, 2048), 8 if quick else 120, MLP_GOAL)
+    rows += memory_rows(2048, 2 if quick else 8, 1 if quick else 3, MEMORY_GOAL)
     for size, repeats in sizes:
         rows += update_rows(size, repeats)
     return rows
