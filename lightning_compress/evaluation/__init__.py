@@ -1,6 +1,6 @@
 """What compression cost and gained: parameters, bytes, MACs, latency, metrics, and the report that shows them."""
 
-from lightning_compress.evaluation.cost import count_macs, count_parameters
+from lightning_compress.core.cost import count_macs, count_parameters
 from lightning_compress.evaluation.flips import prediction_flip_rate
 from lightning_compress.evaluation.latency import measure_latency
 from lightning_compress.evaluation.measurement import Measurement, measure

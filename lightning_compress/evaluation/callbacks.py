@@ -19,9 +19,9 @@ from lightning_compress.core.checkpoint import ArtifactInfo, save_compressed
 from lightning_compress.core.clock import callbacks_of
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.hooks import journal_of
+from lightning_compress.core.isolation import same_randomness
 from lightning_compress.evaluation.baseline import combine, fill_skeleton, first_sample, load_baseline, take_skeleton
 from lightning_compress.evaluation.flips import Flips
-from lightning_compress.evaluation.isolation import same_randomness
 from lightning_compress.evaluation.measurement import Measurement, measure
 from lightning_compress.evaluation.render import print_report, write_report
 from lightning_compress.evaluation.report import (

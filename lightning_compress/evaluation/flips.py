@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.evaluation.isolation import device_of, evaluating, map_tensors
+from lightning_compress.core.isolation import device_of, evaluating, map_tensors
 
 
 @dataclass(frozen=True)

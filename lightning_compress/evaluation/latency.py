@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lightning_compress.core.errors import ConfigurationError
-from lightning_compress.evaluation.isolation import batch_size_of, call, device_of, evaluating, map_tensors
+from lightning_compress.core.isolation import batch_size_of, call, device_of, evaluating, map_tensors
 
 _SHORTEST = 1e-3
 _LEAST_REPEATS = 5

@@ -11,8 +11,8 @@ from rich.progress import Progress
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lightning_compress.core.cost import MacCount, count_macs, count_parameters
 from lightning_compress.core.paths import clean_path
-from lightning_compress.evaluation.cost import MacCount, count_macs, count_parameters
 from lightning_compress.evaluation.latency import Latency
 from lightning_compress.evaluation.size import dense_bytes, gzip_bytes
 

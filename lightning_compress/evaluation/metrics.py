@@ -16,7 +16,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from lightning_compress.core.copies import structure_copy
-from lightning_compress.evaluation.isolation import device_of, same_randomness
+from lightning_compress.core.isolation import device_of, same_randomness
 
 _PREFIXES = ("test/", "test_", "test-", "test.")
 

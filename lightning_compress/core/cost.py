@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress.core.copies import refuse_lazy, structure_copy
+from lightning_compress.core.isolation import call, device_of, map_tensors, same_randomness
 from lightning_compress.core.paths import clean_path
-from lightning_compress.evaluation.isolation import call, device_of, map_tensors, same_randomness
 
 
 @dataclass(frozen=True)

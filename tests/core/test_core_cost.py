@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from lightning_compress.core.copies import structure_copy
+from lightning_compress.core.cost import count_macs, count_nonzero, count_parameters
 from lightning_compress.core.errors import ConfigurationError
-from lightning_compress.evaluation.cost import count_macs, count_nonzero, count_parameters
 
 
 class Tied(nn.Module):
