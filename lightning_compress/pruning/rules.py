@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from lightning_compress.core.errors import ConfigurationError, did_you_mean
+from lightning_compress.core.schedule import Schedule
 from lightning_compress.core.select import Select
+from lightning_compress.pruning.granularity import Granularity
 
 
 @dataclass(frozen=True)
@@ -76,3 +79,40 @@ def as_rules(rules: Mapping[str, Rule | Mapping[str, Any]] | None) -> dict[str, 
         except ConfigurationError as error:
             raise ConfigurationError(f"rule {name!r}: {error}") from error
     return built
+
+
+def check_amounts(schedule: Schedule, rules: Mapping[str, Rule], floor: float, granularity: Granularity) -> None:
+    """Refuse amounts that cannot be reached.
+
+    Args:
+        schedule: With the final amount of what no rule names.
+        rules: With amounts of their own.
+        floor: Least share that stays of every tensor.
+        granularity: What is pruned as one; an N:M pattern has an amount of its own.
+
+    Raises:
+        ConfigurationError: If an amount contradicts the floor or the pattern, or would never be applied.
+
+    >>> check_amounts(Schedule(0.5), {}, 0.01, Granularity("n:m", 2, 4))
+    """
+    amounts = {"final": schedule.final, **{f"amount of rule {k!r}": rule.amount for k, rule in rules.items()}}
+    for name, amount in amounts.items():
+        if 1 - amount < floor - 1e-9:
+            raise ConfigurationError(
+                f"`{name}` is {amount:g}, but `floor` keeps {floor:g} of every tensor; lower one of them"
+            )
+        if granularity.final is not None and amount != 0 and not math.isclose(amount, granularity.final):
+            raise ConfigurationError(
+                f"`{name}` is {amount:g}, but `granularity` {str(granularity)!r} removes exactly "
+                f"{granularity.final:g}; write {granularity.final!r}"
+            )
+    idle = [name for name, rule in rules.items() if rule.amount > 0 and schedule.final == 0]
+    if idle:
+        raise ConfigurationError(
+            f"`final` is 0, so rule {idle[0]!r}, which follows the schedule's progress, would never prune; give a "
+            "`final` above 0 and put a rule with amount 0 for '*' before it, or name its layers in `select`"
+        )
+    if schedule.initial > schedule.final:
+        raise ConfigurationError(
+            f"`initial` ({schedule.initial:g}) is above `final` ({schedule.final:g}): pruning only grows"
+        )

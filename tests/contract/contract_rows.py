@@ -215,8 +215,8 @@ class Row:
     nothing: Callable[[], CompressionCallback] | None = field(default=None)
 
 
-def _pruning(**arguments: Any) -> Callable[[], CompressionCallback]:
-    return lambda: IterativePruning(Schedule(final=0.75, end="60%", every={"step": 1}), floor=0.02, **arguments)
+def _pruning(final: float = 0.75, every: int = 1, **arguments: Any) -> Callable[[], CompressionCallback]:
+    return lambda: IterativePruning(Schedule(final, end="60%", every={"step": every}), floor=0.02, **arguments)
 
 
 _HIDDEN = ("net.layers.1", "net.layers.3")
@@ -232,6 +232,18 @@ ROWS = (
         nothing=_NOTHING,
     ),
     Row("pruning_sequences", _pruning(), "Sequences", "compress/sparsity", nothing=_NOTHING),
+    *(
+        Row(f"pruning_{name}", _pruning(**arguments), net, "compress/sparsity", nothing=_NOTHING)
+        for name, net, arguments in (
+            ("gradient_filter", "Mixed", {"score": "gradient", "granularity": "filter", "every": 4}),
+            ("wanda", "Mixed", {"score": "wanda", "scope": "layer", "every": 4}),
+            ("movement_2to4", "MLP", {"score": "movement", "granularity": "2:4", "final": 0.5, "every": 4}),
+            ("obd_erk", "Mixed", {"score": "obd", "scope": "erk", "every": 4}),
+            ("lamp", "Sequences", {"scope": "lamp"}),
+            ("random_kernel", "Mixed", {"score": "random", "granularity": "kernel", "scope": "global_normalized"}),
+            ("snip_block", "Sequences", {"score": "snip", "granularity": "block:2x2", "every": 4}),
+        )
+    ),
     Row("probe_replace_by_data", RankFromData, "MLP", "compress/seen", tuple(("replace", p) for p in _HIDDEN)),
     Row(
         "probe_parametrize_and_bake",
