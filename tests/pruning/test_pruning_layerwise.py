@@ -1,0 +1,176 @@
+"""Layer-wise Optimal Brain Surgeon: inputs of layers against the layers themselves, removals against exact surgery."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_compress import ConfigurationError
+from lightning_compress.pruning.layerwise import Trace, damp, obc_masks, obc_prune, obc_trace, reconstruct
+from lightning_compress.pruning.patches import layer_hessian, layer_patches
+from lightning_compress.pruning.second_order import obs_prune_exact
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(6, 4), (7, 6)),
+    "linear_tokens": (lambda: nn.Linear(6, 4), (3, 5, 6)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 11)),
+    "conv2d": (lambda: nn.Conv2d(3, 5, (3, 2), padding=(2, 0), dilation=(2, 1)), (2, 3, 8, 7)),
+    "conv2d_same": (lambda: nn.Conv2d(2, 3, (4, 3), padding="same", dilation=2), (2, 2, 9, 9)),
+    "conv2d_valid": (lambda: nn.Conv2d(2, 3, 2, padding="valid"), (2, 2, 5, 5)),
+    "conv2d_reflect": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), (2, 2, 5, 6)),
+    "conv2d_circular": (lambda: nn.Conv2d(2, 3, 3, padding=(0, 1), padding_mode="circular"), (2, 2, 5, 6)),
+    "grouped_dilated": (lambda: nn.Conv2d(6, 4, 3, stride=(1, 2), dilation=2, padding=1, groups=2), (2, 6, 9, 8)),
+    "depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4), (2, 4, 6, 6)),
+    "conv3d": (lambda: nn.Conv3d(2, 4, (1, 2, 3), padding=(0, 1, 1), groups=2), (2, 2, 3, 4, 5)),
+    "unbatched": (lambda: nn.Conv2d(2, 3, 3), (2, 6, 6)),
+}
+layers = pytest.mark.parametrize("name", LAYERS)
+
+
+def made(name: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(seed)
+    build, shape = LAYERS[name]
+    return build().double(), torch.randn(shape, dtype=torch.float64)
+
+
+@layers
+def test_patches_times_weights_are_the_outputs(name: str):
+    layer, inputs = made(name)
+    patches = layer_patches(layer, inputs)
+    weight = layer.weight.flatten(1).view(len(patches), -1, patches.shape[2])
+    found = torch.einsum("grd,god->rgo", patches, weight).flatten(1) + layer.bias
+    wanted = layer(inputs)
+    if not isinstance(layer, nn.Linear):
+        wanted = (wanted if wanted.dim() == inputs.dim() and name != "unbatched" else wanted[None]).movedim(1, -1)
+    assert torch.allclose(found, wanted.reshape(found.shape))
+
+
+@layers
+def test_the_quadratic_is_the_squared_error_of_the_outputs(name: str):
+    layer, inputs = made(name)
+    hessian = layer_hessian(layer, inputs)
+    before = layer(inputs)
+    steps = [torch.randn_like(parameter) for parameter in (layer.weight, layer.bias)]
+    with torch.no_grad():
+        layer.weight += steps[0]
+        layer.bias += steps[1]
+    flat = torch.cat([steps[0].flatten(1), steps[1][:, None]], 1).view(len(hessian), -1, hessian.shape[1])
+    predicted = torch.einsum("god,gde,goe->", flat, hessian, flat) / 2
+    assert predicted == pytest.approx(float((layer(inputs) - before).square().sum().detach()))
+
+
+@layers
+@pytest.mark.parametrize("scope", ["layer", "row"])
+def test_pruned_layers_hit_the_amount_and_beat_plain_removal(name: str, scope: str):
+    layer, inputs = made(name)
+    before, dense = layer(inputs).detach(), layer.weight.detach().clone()
+    weight, bias = obc_prune(layer.weight, layer.bias, layer_hessian(layer, inputs), 0.5, scope, damping=1e-8)
+    assert int((weight == 0).sum()) == round(0.5 * weight.numel())
+    zeros = (weight == 0).flatten(1).sum(1)
+    assert scope == "layer" or int(zeros.max() - zeros.min()) <= 1
+
+    def error(new: Tensor, shift: Tensor) -> float:
+        with torch.no_grad():
+            layer.weight.copy_(new)
+            layer.bias.copy_(shift)
+            return float((layer(inputs) - before).square().sum())
+
+    old_bias = layer.bias.detach().clone()
+    cut = dense.abs().flatten().sort().values[round(0.5 * dense.numel()) - 1]
+    with_update, without = error(weight, bias), error(dense * (weight != 0), old_bias)
+    assert with_update < without
+    assert scope == "row" or with_update < error(dense * (dense.abs() > cut), old_bias)
+
+
+def hessian_of(size: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(3 * size, size, generator=generator, dtype=torch.float64)
+    inputs = inputs @ torch.randn(size, size, generator=generator, dtype=torch.float64)
+    return damp(2 * inputs.T @ inputs, 0.01)
+
+
+@settings(max_examples=15, deadline=None)
+@given(rows=st.integers(1, 4), size=st.integers(1, 40), seed=st.integers(0, 10**6))
+def test_traces_are_those_of_exact_surgery_row_by_row(rows: int, size: int, seed: int):
+    hessian = hessian_of(size, seed)
+    weight = torch.randn(rows, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    trace = obc_trace(weight, hessian)
+    for row in range(rows):
+        exact = obs_prune_exact(weight[row], torch.linalg.inv(hessian), size - 1)
+        assert trace.order[row, :-1].tolist() == list(exact.order)
+        losses = torch.tensor(exact.losses, dtype=torch.float64)
+        assert torch.allclose(trace.losses[row, :-1] / 2, losses, rtol=1e-5)
+        keep = torch.ones(1, size, dtype=torch.bool)
+        keep[0, list(exact.order)] = False
+        assert torch.allclose(reconstruct(weight[row : row + 1], hessian, keep)[0], exact.weight, atol=1e-6)
+
+
+def test_columns_that_may_not_go_stay():
+    weight = torch.zeros(2, 5).double()
+    weight[:, 4] = 1e-9
+    trace = obc_trace(weight, hessian_of(5, 1), prunable=4)
+    assert sorted(trace.order[0].tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("count", range(9))
+def test_masks_follow_each_row_in_order(count: int):
+    order = torch.tensor([[3, 0, 1, 2], [0, 1, 2, 3]])
+    trace = Trace(order, torch.tensor([[5.0, 1.0, 6.0, 7.0], [0.5, 5.5, 5.5, 9.0]]))
+    taken = [(1, 0), (0, 3), (0, 0), (1, 1), (1, 2), (0, 1), (0, 2), (1, 3)]  # by the dearest on the way
+    keep = obc_masks(trace, (2, 4), count)
+    assert {(r, c) for r in range(2) for c in range(4) if not keep[r, c]} == set(taken[:count])
+    even = (~obc_masks(trace, (2, 4), count, "row")).sum(1).tolist()
+    assert even == [-(-count // 2), count // 2]
+
+
+def test_a_bias_takes_up_the_mean_of_what_is_removed():
+    inputs = torch.full((50, 1), 3.0).double() + 0.01 * torch.randn(50, 1, dtype=torch.float64)
+    weight, bias = torch.tensor([[2.0], [50.0]]).double(), torch.tensor([1.0, 1.0]).double()
+    layer = nn.Linear(1, 2).double()
+    new, shift = obc_prune(weight, bias, layer_hessian(layer, inputs), 0.5, damping=1e-9)
+    assert new[0].item() == 0
+    assert shift[0].item() == pytest.approx(1 + 2 * inputs.mean().item(), rel=1e-4)
+    assert (new[1].item(), shift[1].item()) == (50.0, 1.0)
+
+
+def test_inputs_that_are_never_there_go_first():
+    inputs = torch.randn(30, 4).double()
+    inputs[:, 2] = 0
+    layer = nn.Linear(4, 3, bias=False).double()
+    weight = torch.full((3, 4), 0.1).double()
+    weight[:, 2] = 100.0
+    new, _ = obc_prune(weight, None, layer_hessian(layer, inputs), 0.25, damping=1e-9)
+    assert (new == 0).nonzero().tolist() == [[0, 2], [1, 2], [2, 2]]
+    assert torch.allclose(new[:, [0, 1, 3]], weight[:, [0, 1, 3]])
+
+
+def test_dtypes_stay_and_one_weight_does():
+    layer = nn.Linear(4, 3).to(torch.bfloat16)
+    hessian = layer_hessian(layer, torch.randn(20, 4, dtype=torch.bfloat16))
+    weight, bias = obc_prune(layer.weight, layer.bias, hessian, 0.999)
+    assert (weight.dtype, bias.dtype, int((weight != 0).sum())) == (torch.bfloat16, torch.bfloat16, 1)
+
+
+def test_refusals():
+    with pytest.raises(ConfigurationError, match="ConvTranspose2d"):
+        layer_patches(nn.ConvTranspose2d(1, 1, 1), torch.zeros(1, 1, 2, 2))
+    with pytest.raises(ConfigurationError, match="all zero"):
+        damp(torch.zeros(2, 2), 0.1)
+    with pytest.raises(ConfigurationError, match="not finite"):
+        damp(torch.full((2, 2), torch.nan), 0.1)
+    with pytest.raises(ConfigurationError, match="positive definite"):
+        obc_trace(torch.ones(1, 2), torch.ones(2, 2))
+    with pytest.raises(ConfigurationError, match=r"`hessian` must be \(2, 2\)"):
+        obc_trace(torch.ones(1, 2), torch.eye(3))
+    with pytest.raises(ConfigurationError, match=r"`steps` must lie in 0\.\.1"):
+        obc_trace(torch.ones(1, 2), torch.eye(2), steps=2, prunable=1)
+    trace = Trace(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1))
+    with pytest.raises(ConfigurationError, match="did you mean 'row'"):
+        obc_masks(trace, (1, 1), 0, "rows")
+    with pytest.raises(ConfigurationError, match="`count`"):
+        obc_masks(trace, (1, 1), 2)
+    with pytest.raises(ConfigurationError, match="with a bias"):
+        obc_prune(torch.ones(2, 2), torch.ones(2), torch.eye(2)[None], 0.5)
