@@ -110,6 +110,7 @@ class IterativePruning(CompressionCallback):
         self._scorer = Scorer(find_score(score))
         check_score(self._scorer.score, self._groups, scope)
         self._norms: dict[str, str] = {}
+        self._guarded = False
         self._targets: list[Target] = []
         self._rule_of: dict[str, str] = {}
         self._masks: dict[str, Tensor] = {}
@@ -187,7 +188,9 @@ class IterativePruning(CompressionCallback):
         if run.timeline.due(t) or late or (batch_idx == 0 and self.at_target and self.pending(run.layers)):
             seen = {target.key: run.layers[target.layer] for target in self._targets}
             self._scorer.watch(seen, self._layouts(run.layers))
-            weakref.finalize(run, self._scorer.unwatch)
+            if not self._guarded:
+                weakref.finalize(run, self._scorer.unwatch)  # should the batch fail
+                self._guarded = True
 
     def enforce(self, layers: Layers) -> None:
         """Put the zeros back, exactly."""
@@ -233,7 +236,7 @@ class IterativePruning(CompressionCallback):
                     "Resume with the `select` and `rules` it was written with"
                 )
             self._masks[key] = unpack_mask(packed, weights[key], key)
-        self._packed = {}
+        self._packed, self._guarded = {}, False
         self._scorer.attach(weights, self._layouts(layers), distributed.is_available() and distributed.is_initialized())
 
     def reset_values(self) -> None:
@@ -266,7 +269,7 @@ class IterativePruning(CompressionCallback):
         self, layers: Layers, weights: Mapping[str, nn.Parameter]
     ) -> Callable[[Iterable[str], float, str], dict[str, Tensor]]:
         """Return what makes masks of some of the weights, at an amount and in a scope."""
-        if self.score == "magnitude" and self.granularity == "element":
+        if (self.score, self.granularity) == ("magnitude", "element") and self.scope in ("global", "layer"):
             return lambda keys, amount, scope: choose_masks({k: weights[k] for k in keys}, amount, scope, self.floor)
         self._check_trains()
         layouts = self._layouts(layers)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.utils import get_total_norm
-from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.pruning import scores
@@ -43,7 +43,7 @@ class Scorer:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._seed: int | None = None
-        self._handles: list[RemovableHandle] = []
+        self._watching = ExitStack()
 
     def observe(self, weights: Mapping[str, nn.Parameter]) -> None:
         """Collect gradients, unless one is infinite or no number: the gradient scaler will skip that step."""
@@ -56,16 +56,16 @@ class Scorer:
             self._add(key, _TERMS[self.score.name](weights[key].detach(), grad))
 
     def watch(self, layers: Mapping[str, nn.Module], layouts: Mapping[str, Layout]) -> None:
-        """Collect squares of inputs in every forward pass until :meth:`unwatch`."""
+        """Collect squares of inputs in every forward pass until :meth:`unwatch`; nothing runs compiled until then."""
         self.unwatch()
+        self._watching.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would not see the hooks
         for key, layer in layers.items():
             hook = partial(self._see, key, layouts[key])
-            self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+            self._watching.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
 
     def unwatch(self) -> None:
         """Stop looking at inputs."""
-        while self._handles:
-            self._handles.pop().remove()
+        self._watching.close()
 
     def rate(
         self, weights: Mapping[str, Tensor], layouts: Mapping[str, Layout], step: int, shared: bool
@@ -216,7 +216,7 @@ class Scorer:
             if self.score.needs == "inputs" and not count:
                 raise ConfigurationError(
                     f"`score` {self.score.name!r} needs the inputs of {key!r}, but the batches before this update did "
-                    "not run through it (its weight is used without calling it, or it was compiled); put it into "
+                    "not run through it (its weight is used without calling it); put it into "
                     "`exclude` of the selection"
                 )
             means[key] = total / (ranks if self.score.span == "run" else max(1.0, float(count)))
