@@ -24,7 +24,13 @@ from lightning_compress.core.select import Select
 from lightning_compress.core.verbs import apply, register_kind
 from lightning_compress.data.resume import ExactResume
 from lightning_compress.evaluation.callbacks import CompressionReport
-from lightning_compress.pruning import IterativePruning, Rule
+from lightning_compress.pruning import (
+    FisherPruning,
+    IterativePruning,
+    NeuronMerging,
+    OptimalBrainCompression,
+    Rule,
+)
 
 __version__ = "0.1.0"
 
@@ -38,10 +44,13 @@ __all__ = [
     "EarlyStoppingAtTarget",
     "Edit",
     "ExactResume",
+    "FisherPruning",
     "IterativePruning",
     "Journal",
     "JournalMismatchError",
     "ModelCheckpointAtTarget",
+    "NeuronMerging",
+    "OptimalBrainCompression",
     "Rule",
     "Schedule",
     "Select",

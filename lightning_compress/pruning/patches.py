@@ -24,6 +24,7 @@ def layer_patches(layer: nn.Module, inputs: Tensor) -> Tensor:
     Raises:
         ConfigurationError: For another layer.
 
+    >>> import torch
     >>> layer_patches(nn.Conv1d(1, 1, 2), torch.tensor([[[1.0, 2.0, 3.0]]])).tolist()
     [[[1.0, 2.0], [2.0, 3.0]]]
     """
@@ -69,6 +70,7 @@ def layer_hessian(layer: nn.Module, inputs: Tensor) -> Tensor:
     Returns:
         (groups, d, d) in float64, d = in, or in + 1 with a bias. Sums over rows: add up batches, divide at the end.
 
+    >>> import torch
     >>> layer_hessian(nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 2.0], [0.0, 1.0]])).tolist()
     [[[2.0, 4.0], [4.0, 10.0]]]
     """

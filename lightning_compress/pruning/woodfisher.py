@@ -63,7 +63,7 @@ class FisherInverse:
     def add(self, gradient: Tensor) -> None:
         """Take in the gradient of one sample, of any shape with ``size`` elements."""
         rows = self.split(gradient.detach().to(self.blocks.dtype)).unsqueeze(2)
-        pulled = self.blocks @ rows
+        pulled = self.blocks * rows if self.block == 1 else self.blocks @ rows
         divisor = self.total + rows.transpose(1, 2) @ pulled
         self.blocks.addcmul_(pulled / divisor, pulled.transpose(1, 2), value=-1)
 

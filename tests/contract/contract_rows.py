@@ -12,7 +12,18 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_compress import CompressionCallback, Edit, IterativePruning, Rule, Schedule, Select, register_kind
+from lightning_compress import (
+    CompressionCallback,
+    Edit,
+    FisherPruning,
+    IterativePruning,
+    NeuronMerging,
+    OptimalBrainCompression,
+    Rule,
+    Schedule,
+    Select,
+    register_kind,
+)
 from lightning_compress.data.order import ResumableLoader
 
 
@@ -243,6 +254,15 @@ ROWS = (
             ("random_kernel", "Mixed", {"score": "random", "granularity": "kernel", "scope": "global_normalized"}),
             ("snip_block", "Sequences", {"score": "snip", "granularity": "block:2x2", "every": 4}),
         )
+    ),
+    Row("optimal_brain", lambda: OptimalBrainCompression(0.5, [dataset()[:]]), "MLP", "compress/sparsity"),
+    Row("fisher_pruning", lambda: FisherPruning(0.5, [dataset()[:]], block=8), "MLP", "compress/sparsity"),
+    Row(
+        "neuron_merging",
+        lambda: NeuronMerging(0.5),
+        "MLP",
+        "compress/neurons",
+        finalized=tuple(("slice", path) for path in (*_HIDDEN, _HIDDEN[1], "net.head")),
     ),
     Row("probe_replace_by_data", RankFromData, "MLP", "compress/seen", tuple(("replace", p) for p in _HIDDEN)),
     Row(

@@ -209,5 +209,5 @@ def test_woodfisher_refuses():
     inverse = FisherInverse(2, 1)
     with pytest.raises(ConfigurationError, match="expected 2 numbers"):
         inverse.add(torch.ones(3))
-    with pytest.raises(ConfigurationError, match="`update`.*'joint'"):
+    with pytest.raises(ConfigurationError, match=r"`update`.*'joint'"):
         woodfisher_update(torch.ones(2), inverse, torch.ones(2, dtype=torch.bool), "joints")

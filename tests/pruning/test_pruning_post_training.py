@@ -1,0 +1,278 @@
+"""Methods that prune a trained model from calibration batches: on layers, networks, files and data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_compress as lc
+from lightning_compress import ConfigurationError, FisherPruning, OptimalBrainCompression, Select, SelectionError
+from lightning_compress.data import DigitsDataModule
+from lightning_compress.pruning.calibration import calibration_batches, collect_hessians, sample_gradients
+from lightning_compress.pruning.patches import layer_hessian
+from lightning_compress.pruning.second_order import fisher_diagonal, obd_saliency
+
+
+class Mixed(nn.Module):
+    """Residual, concat, depthwise, grouped and dilated convolutions, dropout, batch norm, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8)
+        self.grouped = nn.Conv2d(8, 8, 1, groups=2)
+        self.drop = nn.Dropout(0.2)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        y = self.grouped(F.relu(self.depthwise(x))) + x
+        return self.head(self.drop(torch.cat([x.mean((2, 3)), y.amax((2, 3))], 1)))
+
+
+class Sequences(nn.Module):
+    """Embedding tied to a decoder, attention, Conv1d and a frozen layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.decode = nn.Linear(8, 11, bias=False)
+        self.decode.weight = self.embed.weight
+        self.head = nn.Linear(11, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        e = self.embed((x.flatten(1) * 3).long().remainder(11)[:, :9])
+        e = e + self.conv(e.transpose(1, 2)).transpose(1, 2)
+        e = e + self.attend(e, e, e, need_weights=False)[0]
+        return self.head(self.decode(self.frozen(e[:, -1])))
+
+
+def images(count: int = 40) -> Tensor:
+    return torch.rand(count, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def labelled(count: int = 40) -> list[tuple[Tensor, Tensor]]:
+    x = images(count)
+    return list(zip(x.split(16), (x.mean((1, 2, 3)) * 30).long().remainder(3).split(16), strict=True))
+
+
+def zeros(module: nn.Module) -> float:
+    weight = module.weight
+    return 1 - int(torch.count_nonzero(weight)) / weight.numel()
+
+
+BUILD: dict[str, Callable[..., Any]] = {
+    "obc": lambda amount, **kw: OptimalBrainCompression(amount, labelled(), **kw),
+    "obc_row": lambda amount, **kw: OptimalBrainCompression(amount, labelled(), scope="row", **kw),
+    "fisher": lambda amount, **kw: FisherPruning(amount, labelled(), block=7, **kw),
+    "obd": lambda amount, **kw: FisherPruning(amount, labelled(), block=1, **kw),
+}
+methods = pytest.mark.parametrize("name", BUILD)
+
+
+@methods
+def test_a_network_with_residual_concat_and_grouped_layers(name: str, tmp_path: Path):
+    torch.manual_seed(0)
+    model = Mixed().train()
+    before = copy.deepcopy(model.state_dict())
+    method = BUILD[name](0.5)
+    pruned = lc.compress(model, method)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert pruned.training
+    names = ("stem", "depthwise", "grouped")
+    if name.startswith("obc"):
+        assert [zeros(pruned.get_submodule(n)) for n in names] == [0.5, 0.5, 0.5]
+    total = sum(pruned.get_submodule(n).weight.numel() for n in names)
+    assert sum(zeros(pruned.get_submodule(n)) * pruned.get_submodule(n).weight.numel() for n in names) == total / 2
+    assert torch.equal(pruned.head.weight, model.head.weight)
+    assert torch.equal(pruned.norm.running_mean, model.norm.running_mean)
+    assert method.history[-1]["sparsity"] == pytest.approx(0.5)
+    assert not any(layer._forward_pre_hooks for layer in pruned.modules())
+    lc.save_compressed(pruned, tmp_path / "file.safetensors")
+    bare = lc.load_compressed(Mixed(), tmp_path / "file.safetensors")
+    assert torch.equal(bare.eval()(images()), pruned.eval()(images()))
+
+
+def test_updates_beat_the_same_network_without_them():
+    torch.manual_seed(0)
+    model = Mixed().eval()
+    pruned = lc.compress(model, OptimalBrainCompression(0.5, images()))
+    plain = lc.compress(model, lc.IterativePruning(0.5, scope="layer"))
+    with torch.no_grad():
+        errors = [float((net(images()) - model(images())).square().sum()) for net in (pruned, plain)]
+    assert errors[0] < errors[1]
+
+
+def test_a_transformer_says_what_it_leaves():
+    torch.manual_seed(0)
+    model = Sequences()
+    method = OptimalBrainCompression(0.5, images(), Select())
+    pruned = lc.compress(model, method)
+    assert torch.equal(pruned.attend.out_proj.weight, model.attend.out_proj.weight)
+    assert torch.equal(pruned.decode.weight, model.embed.weight)
+    assert [zeros(layer) for layer in (pruned.conv, pruned.frozen)] == [0.5, 0.5]
+    left = method.choose(model).left
+    assert "attention" in left["attend.out_proj"]
+    assert "tied" in left["decode.weight"]
+
+
+def test_a_layer_that_is_called_twice_sees_both_inputs():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.fc(input=self.fc(x).relu()))
+
+    net, x = Twice(), torch.randn(10, 4)
+    found = collect_hessians(net, {"fc": net.fc}, [x[:3], x[3:]])["fc"]
+    wanted = layer_hessian(net.fc, x) + layer_hessian(net.fc, net.fc(x).relu())
+    assert torch.allclose(found, wanted / 20)
+
+
+def test_sources_of_batches():
+    x = torch.arange(10.0)[:, None]
+    assert [len(batch) for batch in calibration_batches(x, 3)] == [10]
+    loader = DataLoader(TensorDataset(x, x), batch_size=4)
+    assert [len(batch[0]) for batch in calibration_batches(loader, 5)] == [4, 4]
+    (first,) = calibration_batches(DigitsDataModule(batch_size=8), 8)
+    assert first[0].shape == (8, 1, 8, 8)
+    net = nn.Sequential(nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 2))
+    one, two = (lc.compress(net, OptimalBrainCompression(0.5, source, samples=10)) for source in (x, loader))
+    assert torch.allclose(one[0].weight, two[0].weight)
+
+
+def test_batches_as_keywords():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, *, x: Tensor) -> Tensor:
+            return self.head(self.fc(x).relu())
+
+    x, y = torch.randn(6, 3), torch.randint(0, 2, (6,))
+    assert zeros(lc.compress(Named(), OptimalBrainCompression(0.5, [{"x": x}])).fc) == 0.5
+    assert zeros(lc.compress(Named(), FisherPruning(0.5, [({"x": x}, y)])).fc) == 0.5
+
+
+def test_gradients_of_samples_average_to_that_of_the_batch():
+    torch.manual_seed(0)
+    net = Mixed().eval()
+    net.stem.requires_grad_(False)
+    weights = {"stem": net.stem.weight, "head": net.head.weight}
+    found = list(sample_gradients(net, weights, labelled(20)))
+    assert not net.stem.weight.requires_grad
+    x, y = torch.cat([b[0] for b in labelled(20)]), torch.cat([b[1] for b in labelled(20)])
+    net.stem.requires_grad_(True)
+    wanted = torch.autograd.grad(F.cross_entropy(net(x), y), [net.stem.weight, net.head.weight])
+    assert len(found) == 20
+    for key, gradient in zip(weights, wanted, strict=True):
+        assert torch.allclose(torch.stack([g[key] for g in found]).mean(0), gradient, atol=1e-6)
+
+
+def test_one_weight_a_block_is_optimal_brain_damage_over_all_layers():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.Tanh(), nn.Linear(8, 3))
+    weights = {"1": net[1].weight, "3": net[3].weight}
+    gradients = list(sample_gradients(net, weights, labelled()))
+    scores = {k: obd_saliency(w, fisher_diagonal(g[k] for g in gradients)) for k, w in weights.items()}
+    cut = torch.cat([score.flatten() for score in scores.values()]).sort().values[155]
+    pruned = lc.compress(net, FisherPruning(156 / 312, labelled(), select=Select(), block=1, damping=1e-12))
+    for key, score in scores.items():
+        assert ((pruned.get_submodule(key).weight != 0) == (score > cut)).float().mean() > 0.98
+
+
+def test_digits_lose_less_accuracy_than_by_magnitude():
+    data = load_digits()
+    x = torch.tensor(data.images, dtype=torch.float32).flatten(1) / 16
+    y = torch.tensor(data.target)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 10))
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    for _ in range(40):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x[:1200]), y[:1200]).backward()
+        optimizer.step()
+    pairs = [(x[:400], y[:400])]
+    everything: dict[str, Any] = {"select": Select()}
+
+    def accuracy(model: nn.Module) -> float:
+        return float((model(x[1200:]).argmax(1) == y[1200:]).float().mean())
+
+    magnitude = accuracy(lc.compress(net, lc.IterativePruning(0.7, **everything)))
+    assert accuracy(lc.compress(net, OptimalBrainCompression(0.7, pairs, **everything))) > magnitude + 0.2
+    assert accuracy(lc.compress(net, FisherPruning(0.7, pairs, damping=1e-4, **everything))) > magnitude + 0.1
+
+
+class Fork(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.used(x))
+
+
+def test_a_layer_that_data_never_reaches_is_named_and_nothing_changes():
+    net = Fork()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ConfigurationError, match="never reach 'unused'"):
+        lc.compress(net, OptimalBrainCompression(0.5, torch.randn(4, 4)), inplace=True)
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    only = OptimalBrainCompression(0.5, torch.randn(4, 4), Select(include=("used", "unused"), exclude=("unused",)))
+    assert zeros(lc.compress(net, only).used) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"amount": 1.0}, "`amount`"),
+        ({"amount": True}, "`amount`"),
+        ({"amount": 0.5, "damping": 0}, "`damping`"),
+        ({"amount": 0.5, "samples": 0}, "`samples`"),
+        ({"amount": 0.5, "batches": iter([torch.zeros(1)])}, "read again"),
+        ({"amount": 0.5, "batches": 3}, "`batches` must be"),
+    ],
+)
+@pytest.mark.parametrize("method", [OptimalBrainCompression, FisherPruning])
+def test_bad_arguments(method: type, arguments: dict[str, Any], match: str):
+    with pytest.raises(ConfigurationError, match=match):
+        method(**arguments)
+
+
+def test_more_bad_arguments():
+    with pytest.raises(ConfigurationError, match="did you mean 'layer'"):
+        OptimalBrainCompression(0.5, scope="layers")
+    with pytest.raises(ConfigurationError, match="`block`"):
+        FisherPruning(0.5, block=0)
+    with pytest.raises(ConfigurationError, match="`loss`"):
+        FisherPruning(0.5, loss="mse")
+    net = Fork()
+    for batches, match in ((None, "missing"), ([], "empty")):
+        with pytest.raises(ConfigurationError, match=match):
+            lc.compress(net, OptimalBrainCompression(0.5, batches))
+    with pytest.raises(ConfigurationError, match="pairs"):
+        lc.compress(net, FisherPruning(0.5, torch.randn(4, 4)))
+    constant = FisherPruning(0.5, [(torch.randn(4, 4), torch.zeros(4))], loss=lambda y, t: torch.zeros(()))
+    with pytest.raises(ConfigurationError, match="does not depend"):
+        lc.compress(net, constant)
+    only = Select(include=("used",))
+    with pytest.raises(ConfigurationError, match="'used': `hessian`"):
+        lc.compress(net, OptimalBrainCompression(0.5, torch.full((4, 4), torch.nan), only))
+    with pytest.raises(SelectionError, match="no layer of type LSTM"):
+        lc.compress(net, OptimalBrainCompression(0.5, torch.zeros(2, 4), Select(types=("LSTM",))))
