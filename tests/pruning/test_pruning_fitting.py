@@ -164,7 +164,7 @@ def test_the_pattern_has_the_shapes_that_sparse_kernels_take() -> None:
         ),
         ({"schedule": 0.5, "granularity": "filtr"}, r"`granularity` is 'filtr': did you mean 'filter'"),
         ({"schedule": 0.5, "granularity": 124}, r"`granularity` must be a string.*quotes"),
-        ({"schedule": 0.5, "score": "gradiant"}, r"`score` is 'gradiant': did you mean 'gradient'"),
+        ({"schedule": 0.5, "score": "gradienf"}, r"`score` is 'gradienf': did you mean 'gradient'"),
         (
             {"schedule": 0.5, "score": "bn_scale"},
             r"`score` 'bn_scale' rates whole filters, but `granularity` is 'element'",
