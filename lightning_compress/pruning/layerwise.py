@@ -85,10 +85,28 @@ def obc_trace(weight: Tensor, hessian: Tensor, steps: int | None = None, prunabl
         raise ConfigurationError(f"`hessian` must be ({size}, {size}), got {tuple(hessian.shape)}")
     if not 0 <= steps <= limit <= size:
         raise ConfigurationError(f"`steps` must lie in 0..{limit}, got {steps}")
-    inverse = _inverse(hessian.double())
-    chunk = max(1, _CHUNK_BYTES // (8 * size * size))
-    parts = [_trace_rows(part, inverse, steps, limit) for part in weight.detach().double().split(chunk)]
-    return Trace(torch.cat([part.order for part in parts]), torch.cat([part.losses for part in parts]))
+    hessian, value = hessian.double(), weight.detach().double()
+    tied = (hessian - hessian.diagonal().diag() != 0).any(0)
+    tied[limit:] = True
+    alone, joined = (~tied).nonzero().flatten(), tied.nonzero().flatten()
+    inverse = _inverse(hessian[joined[:, None], joined])
+    chunk = max(1, _CHUNK_BYTES // (8 * max(1, joined.numel()) ** 2))
+    most = min(steps, int((joined < limit).sum()))
+    parts = [_trace_rows(part, inverse, most, limit - alone.numel()) for part in value[:, joined].split(chunk)]
+    order = torch.cat([joined[part.order] for part in parts])
+    losses = torch.cat([part.losses for part in parts])
+    return _with_alone(Trace(order, losses), alone, value[:, alone].square() * hessian.diagonal()[alone], steps)
+
+
+def _with_alone(trace: Trace, alone: Tensor, prices: Tensor, steps: int) -> Trace:
+    """Add columns that have nothing in common with others (inputs that are always 0), whose price never changes."""
+    cheapest = prices.argsort(1)
+    order = torch.cat([alone[cheapest], trace.order], 1)
+    losses = torch.cat([prices.gather(1, cheapest), trace.losses], 1)
+    rank = torch.cat([prices.gather(1, cheapest), trace.losses.cummax(1).values], 1).argsort(stable=True, dim=1)[
+        :, :steps
+    ]
+    return Trace(order.gather(1, rank), losses.gather(1, rank))
 
 
 def _inverse(hessian: Tensor) -> Tensor:

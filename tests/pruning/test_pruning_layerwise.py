@@ -108,6 +108,20 @@ def test_traces_are_those_of_exact_surgery_row_by_row(rows: int, size: int, seed
         assert torch.allclose(reconstruct(weight[row : row + 1], hessian, keep)[0], exact.weight, atol=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_columns_without_company_are_ranked_with_the_others(seed: int):
+    hessian = hessian_of(9, seed)
+    dead = [1, 4, 5, 8]
+    hessian[dead, :], hessian[:, dead] = 0, 0
+    hessian[dead, dead] = torch.tensor([0.5, 3.0, 40.0, 1e-3], dtype=torch.float64)
+    weight = torch.randn(3, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    trace = obc_trace(weight, hessian, steps=7)
+    for row in range(3):
+        exact = obs_prune_exact(weight[row], torch.linalg.inv(hessian), 7)
+        assert trace.order[row].tolist() == list(exact.order)
+        assert torch.allclose(trace.losses[row] / 2, torch.tensor(exact.losses, dtype=torch.float64), rtol=1e-5)
+
+
 def test_columns_that_may_not_go_stay():
     weight = torch.zeros(2, 5).double()
     weight[:, 4] = 1e-9
