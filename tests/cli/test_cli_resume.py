@@ -78,7 +78,7 @@ def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def prepare(folder: Path) -> None:
-    (folder / "conf" / "recipes").mkdir(parents=True)
+    (folder / "conf" / "recipes").mkdir(parents=True, exist_ok=True)
     (folder / "conf" / "recipes" / "three.yaml").write_text(RECIPE.lstrip())
     (folder / "killer.py").write_text(KILLER)
 
