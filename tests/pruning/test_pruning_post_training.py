@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Trainer
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_compress as lc
 from lightning_compress import ConfigurationError, FisherPruning, OptimalBrainCompression, Select, SelectionError
 from lightning_compress.data import DigitsDataModule
+from lightning_compress.models import ImageClassifier
 from lightning_compress.pruning.calibration import calibration_batches, collect_hessians, sample_gradients
 from lightning_compress.pruning.patches import layer_hessian
 from lightning_compress.pruning.second_order import fisher_diagonal, obd_saliency
@@ -217,6 +219,30 @@ def test_digits_lose_less_accuracy_than_by_magnitude():
     magnitude = accuracy(lc.compress(net, lc.IterativePruning(0.7, **everything)))
     assert accuracy(lc.compress(net, OptimalBrainCompression(0.7, pairs, **everything))) > magnitude + 0.2
     assert accuracy(lc.compress(net, FisherPruning(0.7, pairs, damping=1e-4, **everything))) > magnitude + 0.1
+
+
+@methods
+def test_after_a_fit_the_copy_is_pruned_and_the_model_is_not(name: str):
+    torch.manual_seed(0)
+    task = ImageClassifier(nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 3)), num_classes=3)
+    method = BUILD[name](0.75)
+    data = DataLoader(TensorDataset(images(32), torch.arange(32) % 3), batch_size=8)
+    trainer = Trainer(
+        max_epochs=1,
+        callbacks=[method],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(task, data, data)
+    assert zeros(task.net[1]) == 0
+    assert zeros(method.compressed.net[1]) == 0.75
+    assert type(method.compressed) is ImageClassifier
+    at_once = lc.compress(task, BUILD[name](0.75))
+    assert torch.equal(at_once.net[1].weight, method.compressed.net[1].weight)
+    assert "after fit, on a copy" in method.plan_text
 
 
 class Fork(nn.Module):
