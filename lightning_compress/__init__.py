@@ -32,6 +32,7 @@ from lightning_compress.pruning import (
     Rule,
 )
 
+from lightning_compress.pruning.structured import StructuredPruning, coupled_groups, recalibrate_batch_norm
 __version__ = "0.1.0"
 
 __all__ = [
@@ -55,13 +56,16 @@ __all__ = [
     "Schedule",
     "Select",
     "SelectionError",
+    "StructuredPruning",
     "apply",
     "compress",
+    "coupled_groups",
     "inspect_compressed",
     "install_hooks",
     "journal_of",
     "load_compressed",
     "load_from_checkpoint",
+    "recalibrate_batch_norm",
     "register_kind",
     "save_compressed",
 ]

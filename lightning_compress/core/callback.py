@@ -20,6 +20,7 @@ from lightning_compress.core.checks import check_times, check_trainer
 from lightning_compress.core.clock import UpdateClock, callbacks_of, horizon_of, is_last_batch
 from lightning_compress.core.copies import full_copy
 from lightning_compress.core.errors import ConfigurationError, JournalMismatchError
+from lightning_compress.core.examples import example_from, own_example
 from lightning_compress.core.hooks import forget_undo, install_hooks, keep_undo
 from lightning_compress.core.journal import Edit
 from lightning_compress.core.paths import get_layer
@@ -87,6 +88,14 @@ class CompressionCallback(Callback, ABC):
     def prepare(self, layers: Layers) -> Iterable[Edit]:
         """Return the edits to make before optimizers exist; none for layers that have them already."""
         return ()
+
+    def examine(self, root: nn.Module, example_inputs: Any) -> Selection:
+        """Look at the whole model with one batch, and return the layers to work on; after ``prepare``, before training.
+
+        For methods that must run the model to know it. ``example_inputs`` are those of ``compress``, the module's
+        ``example_input_array``, or the first samples of the training data.
+        """
+        return self.choose(root)
 
     def observe(self, layers: Layers) -> None:
         """Look at gradients, unscaled but not clipped, right before an optimizer step."""
@@ -156,23 +165,26 @@ class CompressionCallback(Callback, ABC):
         return {path: get_layer(root, path) for path in self._paths}
 
     @final
-    def run_once(self, model: nn.Module) -> nn.Module:
+    def run_once(self, model: nn.Module, example_inputs: Any = None) -> nn.Module:
         """Compress a trained ``model`` in place, straight to the final amount, without a Trainer.
 
         Args:
             model: Any module; its weights are used as they are.
+            example_inputs: One batch, for methods that run the model; by default its ``example_input_array``.
 
         Returns:
             The same object.
 
         Raises:
             SelectionError: If no layer is selected.
+            ConfigurationError: If the method runs the model and there are no example inputs.
         """
         self._forget_model()
         self._resolve(model)
         install_hooks(model)
         with torch.no_grad():
             _apply_all(model, self.prepare(self.layers(model)))
+            self._examine(model, own_example(model) if example_inputs is None else example_inputs, None)
             self._change(self.layers(model), self.schedule.final, epoch=0)
             _apply_all(model, self.finalize(self.layers(model)))
         return model
@@ -236,6 +248,7 @@ class CompressionCallback(Callback, ABC):
         loader's saved position from being restored.
         """
         timeline = self.schedule.resolve(horizon_of(trainer), clamp=bool(getattr(trainer, "fast_dev_run", False)))
+        self._examine(pl_module, own_example(pl_module), trainer.train_dataloader)
         run = Run(self.layers(pl_module), timeline)
         self.attach_values(run.layers)
         rows = [*self.plan(run.layers), *(PlanRow("kept", path, "", why) for path, why in self._left.items())]
@@ -360,6 +373,12 @@ class CompressionCallback(Callback, ABC):
     def _resolve(self, root: nn.Module) -> None:
         selection = self.choose(root)
         self._paths, self._left = tuple(selection.layers), dict(selection.left)
+
+    def _examine(self, root: nn.Module, example_inputs: Any, loaders: Any) -> None:
+        if _overrides(self, "examine"):
+            inputs = example_from(loaders) if example_inputs is None else example_inputs
+            selection = self.examine(root, inputs)
+            self._paths, self._left = tuple(selection.layers), dict(selection.left)
 
     def _forget_run(self, pl_module: LightningModule) -> None:
         forget_undo(pl_module)

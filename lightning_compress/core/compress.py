@@ -13,24 +13,26 @@ from lightning_compress.core.errors import ConfigurationError
 class Method(Protocol):
     """What :func:`compress` needs of a method; every compression callback has it."""
 
-    def run_once(self, model: nn.Module) -> nn.Module:
+    def run_once(self, model: nn.Module, example_inputs: Any = None) -> nn.Module:
         """Compress ``model`` in place, straight to the final amount."""
         ...
 
 
-def compress(model: nn.Module, *methods: Method, inplace: bool = False) -> Any:
+def compress(model: nn.Module, *methods: Method, example_inputs: Any = None, inplace: bool = False) -> Any:
     """Apply ``methods`` to a trained ``model``, one after the other, without a Trainer.
 
     Args:
         model: Any module; a LightningModule is fine, attached to a Trainer or not.
         methods: Compression callbacks, such as ``IterativePruning(0.9)``; their schedule's final amount counts.
+        example_inputs: One batch (a tensor, a tuple of positional or a mapping of keyword arguments) for methods that
+            run the model, such as ``StructuredPruning``; by default the module's ``example_input_array``.
         inplace: Change ``model`` itself instead of a deep copy.
 
     Returns:
         The compressed module, of the same class as ``model``. ``save_compressed`` writes it to a file.
 
     Raises:
-        ConfigurationError: If no method is given, or one is not a method.
+        ConfigurationError: If no method is given, one is not a method, or one needs example inputs and has none.
 
     >>> import torch
     >>> from lightning_compress import IterativePruning, compress
@@ -49,5 +51,5 @@ def compress(model: nn.Module, *methods: Method, inplace: bool = False) -> Any:
         raise ConfigurationError("`methods` is empty: give at least one, such as IterativePruning(0.9)")
     compressed = model if inplace else full_copy(model)
     for method in methods:
-        method.run_once(compressed)
+        method.run_once(compressed, example_inputs)
     return compressed

@@ -22,6 +22,7 @@ from lightning_compress import (
     Rule,
     Schedule,
     Select,
+    StructuredPruning,
     register_kind,
 )
 from lightning_compress.data.order import ResumableLoader
@@ -263,6 +264,22 @@ ROWS = (
         "MLP",
         "compress/neurons",
         finalized=tuple(("slice", path) for path in (*_HIDDEN, _HIDDEN[1], "net.head")),
+    ),
+    Row(
+        "structured_channels",
+        lambda: StructuredPruning(Schedule(final=0.5, end="60%", every={"step": 1})),
+        "MLP",
+        "compress/channels",
+        finalized=tuple(("slice", path) for path in (*_HIDDEN, "net.head")),
+        nothing=lambda: StructuredPruning(0.5, select=Select(types=("Conv3d",))),
+    ),
+    Row(
+        "structured_macs",
+        lambda: StructuredPruning(Schedule(final=1.0, end="60%", every={"step": 1}), macs=0.6),
+        "Mixed",
+        "compress/macs",
+        finalized=tuple(("slice", f"net.{name}") for name in ("stem", "norm", "depthwise", "grouped", "head")),
+        nothing=lambda: StructuredPruning(macs=0.5, select=Select(types=("Conv3d",))),
     ),
     Row("probe_replace_by_data", RankFromData, "MLP", "compress/seen", tuple(("replace", p) for p in _HIDDEN)),
     Row(

@@ -1,0 +1,69 @@
+"""One batch to trace or measure a model with: what it says itself, else samples of its training data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.isolation import same_randomness
+
+_SAMPLES = 2
+
+
+def own_example(model: nn.Module) -> Any:
+    """Return the model's ``example_input_array`` (LightningModules have it), or ``None``."""
+    return getattr(model, "example_input_array", None)
+
+
+def example_from(loaders: Any) -> Any:
+    """Return the inputs of the first samples of a loader, without touching its position or any random state.
+
+    The samples are taken from the data set and joined as the loader joins a batch.
+
+    Args:
+        loaders: A ``DataLoader``, or a list or mapping of some.
+
+    Returns:
+        A tensor with up to two samples: the batch's first element if it is a tuple or list.
+
+    Raises:
+        ConfigurationError: If no loader has a data set with positions, or a batch does not start with a tensor.
+
+    >>> import torch
+    >>> data = torch.utils.data.TensorDataset(torch.zeros(5, 3), torch.zeros(5))
+    >>> example_from(DataLoader(data, batch_size=4)).shape
+    torch.Size([2, 3])
+    """
+    for loader in _each(loaders):
+        source = loader.dataset
+        if isinstance(source, IterableDataset) or not hasattr(source, "__len__"):
+            continue
+        with same_randomness():
+            samples = [source[index] for index in range(min(_SAMPLES, len(source)))]
+            batch = loader.collate_fn(samples)
+        inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
+        if isinstance(inputs, Tensor) and inputs.dim() > 0:
+            return inputs
+        raise ConfigurationError(
+            f"`example_inputs`: a batch of the training data starts with a {type(inputs).__name__}, not with a tensor "
+            "of inputs; set `example_input_array` on the module, or pass them"
+        )
+    raise ConfigurationError(
+        "`example_inputs`: none were given, and none could be taken from the training data; set "
+        "`example_input_array` on the module, or pass one batch"
+    )
+
+
+def _each(loaders: Any) -> Iterator[DataLoader[Any]]:
+    if isinstance(loaders, DataLoader):
+        yield loaders
+    elif isinstance(loaders, Mapping):
+        for loader in loaders.values():
+            yield from _each(loader)
+    elif isinstance(loaders, list | tuple):
+        for loader in loaders:
+            yield from _each(loader)

@@ -1,0 +1,173 @@
+"""How many channels each group keeps, so that a model has a given share of its channels, parameters or operations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.pruning.structured.groups import ChannelGroup, Layers
+
+GOALS = ("channels", "macs", "parameters")
+SCOPES = ("global", "layer")
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a model costs as a function of how many channels each group keeps.
+
+    Each tensor shrinks with the product of its dimensions, and a layer's operations with its weight: cutting a share
+    p of all channels leaves about :math:`(1-p)^2` of both, which is why a goal is searched for, not set.
+
+    Args:
+        total: Cost of the whole model.
+        parts: For each tensor that shrinks, its cost; and for each of its dimensions that shrink, the length and what
+            each group's channel takes of it.
+    """
+
+    total: float
+    parts: tuple[tuple[float, tuple[tuple[int, Mapping[str, float]], ...]], ...]
+    channels: Mapping[str, int] = field(default_factory=dict)
+
+    def share(self, kept: Mapping[str, int]) -> float:
+        """Return the cost that is left, 0 to 1, when each group keeps so many channels."""
+        saved = 0.0
+        for cost, dims in self.parts:
+            left = 1.0
+            for size, shares in dims:
+                gone = sum((self.channels[name] - kept[name]) * share for name, share in shares.items())
+                left *= 1 - gone / size
+            saved += cost * (1 - left)
+        return 1 - saved / self.total
+
+
+def costs_of(
+    goal: str, groups: Sequence[ChannelGroup], layers: Layers, total: int, per_layer: Mapping[str, int]
+) -> Costs:
+    """Return how the cost for a goal depends on the channels that are kept.
+
+    Args:
+        goal: One of :data:`GOALS`.
+        groups: What can be cut.
+        layers: Modules by path.
+        total: Parameters or operations of the whole model (any number for channels).
+        per_layer: Operations of each layer, for the goal ``"macs"``.
+    """
+    channels = {group.name: group.channels for group in groups}
+    if goal == "channels":
+        parts = tuple((float(group.channels), ((group.channels, {group.name: 1.0}),)) for group in groups)
+        return Costs(float(sum(channels.values())), parts, channels)
+    dims: dict[tuple[str, str], dict[int, tuple[int, dict[str, float]]]] = {}
+    for group in groups:
+        for touch in group.touches:
+            for name, dim in touch.tensors:
+                shares = dims.setdefault((touch.path, name), {}).setdefault(dim, (touch.size, {}))[1]
+                shares[group.name] = shares.get(group.name, 0.0) + len(touch.positions) / group.channels
+    parts_found = []
+    for (path, name), shrinking in dims.items():
+        tensor = getattr(layers[path], name)
+        if goal == "parameters":
+            cost = float(tensor.numel()) if isinstance(tensor, nn.Parameter) else 0.0
+        else:
+            cost = float(per_layer.get(path, 0)) * _portion(layers[path], name)
+        if cost:
+            parts_found.append((cost, tuple(shrinking.values())))
+    return Costs(float(total), tuple(parts_found), channels)
+
+
+def _portion(layer: nn.Module, name: str) -> float:
+    """Return the part of a layer's operations that one of its tensors does."""
+    weights = {key: p.numel() for key, p in layer.named_parameters(recurse=False) if "weight" in key}
+    return weights[name] / sum(weights.values()) if name in weights else 0.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far a group may be cut.
+
+    Args:
+        floor: Least share of each group's channels that stays; at least one channel does.
+        round_to: What is kept is a multiple of this, where a group is wide enough; groups that lose none stay as
+            they are.
+    """
+
+    floor: float = 0.1
+    round_to: int = 1
+
+    def kept(self, channels: int, removed: int) -> int:
+        """Return how many of ``channels`` stay when ``removed`` should go.
+
+        >>> Limits(0.1, 8).kept(64, 13), Limits(0.5).kept(10, 9), Limits().kept(4, 0)
+        (48, 5, 4)
+        """
+        if removed <= 0:
+            return channels
+        least = max(1, ceil(self.floor * channels - 1e-9))
+        kept = max(channels - removed, least)
+        step = self.round_to
+        if step > 1:
+            kept = max(step, (2 * kept + step) // (2 * step) * step)
+            kept += step if kept < least else 0
+        return min(channels, kept)
+
+
+def choose_cuts(
+    scores: Mapping[str, Tensor], target: float, costs: Costs, scope: str = "global", limits: Limits | None = None
+) -> dict[str, list[int]]:
+    """Return the channels with the lowest scores, as few as make the cost fall to ``target``.
+
+    Args:
+        scores: For each group a number per channel, comparable between groups for scope ``"global"``.
+        target: Share of the cost that may be left, 0 to 1.
+        costs: What the model costs.
+        scope: ``"global"`` ranks all channels together, ``"layer"`` cuts the same share of every group.
+        limits: How far a group may be cut.
+
+    Returns:
+        Channels to remove, in order, by group. The target is met, never exceeded.
+
+    Raises:
+        ConfigurationError: If the limits do not allow the target; says what they do allow.
+
+    >>> costs = Costs(4.0, ((2.0, ((2, {"a": 1.0}),)), (2.0, ((2, {"b": 1.0}),))), {"a": 2, "b": 2})
+    >>> choose_cuts({"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([4.0, 2.0])}, 0.75, costs)
+    {'a': [1]}
+    """
+    limits = Limits() if limits is None else limits
+    names = list(scores)
+    ranks = {name: torch.sort(values, stable=True).indices for name, values in scores.items()}
+    order = _removal_order(scores, ranks, scope)
+    sizes = torch.tensor([len(scores[name]) for name in names])
+
+    def kept(count: int) -> dict[str, int]:
+        removed = torch.bincount(order[:count], minlength=len(names))
+        pairs = zip(names, sizes.tolist(), removed.tolist(), strict=True)
+        return {name: limits.kept(size, gone) for name, size, gone in pairs}
+
+    low, high = 0, len(order)
+    least = costs.share(kept(high))
+    if least > target + 1e-9:
+        raise ConfigurationError(
+            f"the goal leaves {target:.4g} of the cost, but at least {least:.4g} stays with what can be cut and with "
+            f"{limits}; lower `floor` or `round_to`, or ask for less"
+        )
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if costs.share(kept(middle)) <= target + 1e-9 else (middle + 1, high)
+    found = kept(low)
+    cuts = {name: sorted(ranks[name][: len(ranks[name]) - found[name]].tolist()) for name in names}
+    return {name: channels for name, channels in cuts.items() if channels}
+
+
+def _removal_order(scores: Mapping[str, Tensor], ranks: Mapping[str, Tensor], scope: str) -> Tensor:
+    """Return the number of the group that loses a channel, step by step."""
+    if scope == "layer":
+        keys = [(torch.arange(len(values), dtype=torch.float64) + 0.5) / len(values) for values in scores.values()]
+    else:
+        keys = [values[ranks[name]].to(torch.float64) for name, values in scores.items()]
+    owners = torch.cat([torch.full((len(values),), index) for index, values in enumerate(scores.values())])
+    return owners[torch.sort(torch.cat(keys), stable=True).indices]

@@ -1,0 +1,159 @@
+"""Channels that can only be removed together, as data: which indices of which tensors belong to each channel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.core.journal import Edit
+from lightning_compress.core.verbs import compact_ranges
+
+Layers = Mapping[str, nn.Module]
+Cuts = Mapping[str, Sequence[int]]
+"""Channels to remove, by the name of their group."""
+
+
+@dataclass(frozen=True)
+class Touch:
+    """What a group's channels are in one dimension of one layer's tensors.
+
+    Args:
+        path: Path of the layer.
+        tensors: Name and dimension of each tensor that loses the indices, the one with the weights first.
+        positions: Indices along that dimension that belong to the group.
+        channels: For each of them the channel it belongs to; several indices may belong to one channel.
+        size: Length of the dimension.
+        attributes: Integer attributes of the layer, with what they are for each index that is left.
+        produces: Whether this is an output of a layer with weights.
+    """
+
+    path: str
+    tensors: tuple[tuple[str, int], ...]
+    positions: tuple[int, ...]
+    channels: tuple[int, ...]
+    size: int
+    attributes: tuple[tuple[str, int], ...] = ()
+    produces: bool = False
+
+    @cached_property
+    def positions_of(self) -> Mapping[int, tuple[int, ...]]:
+        """The indices of each channel."""
+        found: dict[int, list[int]] = {}
+        for position, channel in zip(self.positions, self.channels, strict=True):
+            found.setdefault(channel, []).append(position)
+        return {channel: tuple(positions) for channel, positions in found.items()}
+
+    def cut(self, channels: Iterable[int]) -> list[int]:
+        """Return the indices of the given channels, in order.
+
+        >>> Touch("fc", (("weight", 1),), (0, 1, 2, 3), (0, 0, 1, 1), 4).cut([1])
+        [2, 3]
+        """
+        return sorted(index for channel in channels for index in self.positions_of.get(channel, ()))
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels of one or more layers that are added, concatenated or passed on, so that one index stands for all.
+
+    Args:
+        name: Path of the first layer that produces them.
+        channels: How many there are.
+        touches: Every place they appear in.
+    """
+
+    name: str
+    channels: int
+    touches: tuple[Touch, ...]
+
+    @property
+    def producers(self) -> tuple[str, ...]:
+        """Paths of the layers whose outputs these channels are."""
+        return tuple(dict.fromkeys(touch.path for touch in self.touches if touch.produces))
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """What can be cut in a model, and why the rest cannot.
+
+    Args:
+        groups: The groups, in the order of their first layers.
+        left: Why the outputs of a layer stay, by path.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    left: Mapping[str, str] = field(default_factory=dict)
+
+
+def zero_channels(groups: Iterable[ChannelGroup], cuts: Cuts, tensor_of: Callable[[str, str], Tensor | None]) -> None:
+    """Set every slice of the cut channels to zero in place, in the layers that make, pass on and take them.
+
+    A model so masked computes what the sliced model does, whatever activation stands between.
+
+    Args:
+        groups: The groups.
+        cuts: Channels to remove, by group; groups that are missing stay whole.
+        tensor_of: Returns the tensor of a layer's path and a name, or ``None`` to leave it alone.
+    """
+    for group in groups:
+        for touch in group.touches if cuts.get(group.name) else ():
+            removed = touch.cut(cuts[group.name])
+            for name, dim in touch.tensors if removed else ():
+                tensor = tensor_of(touch.path, name)
+                if tensor is not None:
+                    tensor.detach().index_fill_(dim, torch.tensor(removed, device=tensor.device), 0)
+
+
+def parameter_in(layers: Layers) -> Callable[[str, str], Tensor | None]:
+    """Return what finds a parameter of the layers by path and name; buffers are ``None``."""
+
+    def find(path: str, name: str) -> Tensor | None:
+        value = getattr(layers[path], name, None) if path in layers else None
+        return value if isinstance(value, nn.Parameter) else None
+
+    return find
+
+
+def slice_edits(groups: Iterable[ChannelGroup], cuts: Cuts) -> list[Edit]:
+    """Return the edits that remove channels: one per layer, fully resolved, so that a replay needs no tracing.
+
+    Args:
+        groups: The groups.
+        cuts: Channels to remove, by group.
+
+    Returns:
+        Edits in the order in which the groups reach the layers.
+
+    >>> out = Touch("a", (("weight", 0), ("bias", 0)), (0, 1, 2), (0, 1, 2), 3, (("out_features", 1),), True)
+    >>> edit = slice_edits([ChannelGroup("a", 3, (out,))], {"a": [1]})[0]
+    >>> edit.config["tensors"]["weight"], edit.config["attributes"]
+    ({'0': [0, 2]}, {'out_features': 2})
+    """
+    removed: dict[tuple[str, str, int], tuple[int, set[int]]] = {}
+    sizes: dict[tuple[str, str], int] = {}
+    paths: dict[str, None] = {}
+    for group in groups:
+        for touch in group.touches:
+            gone = touch.cut(cuts.get(group.name, ()))
+            if not gone:
+                continue
+            paths[touch.path] = None
+            for name, dim in touch.tensors:
+                removed.setdefault((touch.path, name, dim), (touch.size, set()))[1].update(gone)
+            for name, multiple in touch.attributes:
+                before = sizes.get((touch.path, name), touch.size * multiple)
+                sizes[touch.path, name] = before - len(gone) * multiple
+    edits = []
+    for path in paths:
+        tensors: dict[str, dict[str, Any]] = {}
+        for (owner, name, dim), (size, gone_here) in removed.items():
+            if owner == path:
+                tensors.setdefault(name, {})[str(dim)] = compact_ranges([i for i in range(size) if i not in gone_here])
+        attributes = {name: value for (owner, name), value in sizes.items() if owner == path}
+        edits.append(Edit("slice", path, "", {"tensors": tensors, "attributes": attributes}))
+    return edits

@@ -1,0 +1,117 @@
+"""Find coupled channels: Torch-Pruning's dependency graph says what belongs together, a trial run if that is right."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_compress.core.copies import full_copy, tensors_in
+from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.isolation import call, same_randomness
+from lightning_compress.core.paths import clean_path, get_layer, named_layers
+from lightning_compress.pruning.structured.build import GroupBuilder
+from lightning_compress.pruning.structured.groups import ChannelGroup, Coupling
+from lightning_compress.pruning.structured.obstacles import Obstacles
+from lightning_compress.pruning.structured.roles import CUTTABLE
+from lightning_compress.pruning.structured.trial import try_cuts
+
+
+def coupled_groups(model: nn.Module, example_inputs: object, ignored: Mapping[str, str] | None = None) -> Coupling:
+    """Return the channels of a model that can be removed, with all they are coupled to (DepGraph, Fang et al. 2023).
+
+    Torch-Pruning traces a copy of the model in evaluation mode; what it finds is written down as plain indices. Each
+    group then has to stand a trial on a copy with random weights: the sliced copy must compute what the copy with
+    zeroed channels does, and must still run in training mode. The model itself is neither changed nor moved.
+
+    Args:
+        model: Any module whose forward runs on ``example_inputs``.
+        example_inputs: One batch: a tensor, a tuple of positional or a mapping of keyword arguments.
+        ignored: Paths of layers whose outputs must stay, with the reason.
+
+    Returns:
+        The groups, and why the outputs of other layers stay.
+
+    Raises:
+        ConfigurationError: If Torch-Pruning is not installed, or cannot trace the model.
+
+    >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+    >>> found = coupled_groups(net, torch.zeros(1, 1, 4, 4))
+    >>> [(group.name, group.channels, len(group.touches)) for group in found.groups], dict(found.left)
+    ([('0', 4, 3)], {'3': "its outputs are the model's outputs"})
+    """
+    candidates = {path: layer for path, layer in named_layers(model).items() if isinstance(layer, CUTTABLE)}
+    obstacles = Obstacles(model, ignored or {})
+    found: list[ChannelGroup] = []
+    left: dict[str, str] = {}
+    order = {path: index for index, path in enumerate(candidates)}
+    for group, problem in sorted(_trace(model, example_inputs), key=lambda item: order[item[0].name]):
+        problem = problem or obstacles.of(group)
+        if problem:
+            left |= {path: obstacles.explain(path, problem) for path in group.producers}
+        else:
+            found.append(group)
+            obstacles.take(group)
+    failed = try_cuts(model, found, example_inputs)
+    left |= {path: failed[group.name] for group in found if group.name in failed for path in group.producers}
+    groups = tuple(group for group in found if group.name not in failed)
+    cut = {path for group in groups for path in group.producers}
+    for path in candidates:
+        if path not in cut:
+            left.setdefault(path, _unseen(model, path))
+    return Coupling(groups, {path: left[path] for path in candidates if path in left and path not in cut})
+
+
+def _unseen(model: nn.Module, path: str) -> str:
+    owner = get_layer(model, path.rpartition(".")[0])
+    if isinstance(owner, nn.MultiheadAttention):
+        return "it belongs to attention, whose heads and stream of inputs are not cut"
+    return "the model does not use it when it runs on the example inputs"
+
+
+class _Forward(nn.Module):
+    """Shows a tracer a model's forward and nothing else of it: no trainer, no properties that raise."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: object) -> list[torch.Tensor]:
+        return [tensor for tensor in tensors_in(call(self.model, inputs)) if tensor.requires_grad]
+
+
+def _trace(model: nn.Module, example_inputs: object) -> list[tuple[ChannelGroup, str]]:
+    """Return every group that the graph knows, with what speaks against cutting it."""
+    tp: Any = _torch_pruning()
+    with torch.inference_mode(False), torch.enable_grad(), same_randomness(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        copied = full_copy(model).requires_grad_(True)
+        paths: dict[object, str] = {module: path for path, module in named_layers(copied).items()}
+        paths |= {parameter: clean_path(name) for name, parameter in copied.named_parameters()}
+        graph: Any = tp.DependencyGraph()
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                graph.build_dependency(
+                    _Forward(copied), example_inputs, forward_fn=lambda wrapped, inputs: wrapped(inputs), verbose=False
+                )
+            found = list(graph.get_all_groups(root_module_types=CUTTABLE))
+        except Exception as error:  # the model's own code and a tracer run here
+            raise ConfigurationError(
+                f"`example_inputs`: {type(model).__name__} could not be traced on them ({type(error).__name__}: "
+                f"{error}); pass one batch that its forward takes, or leave parts out with `select`"
+            ) from error
+        return [GroupBuilder(paths, group, graph.is_out_channel_pruning_fn).build() for group in found]
+
+
+def _torch_pruning() -> Any:
+    try:
+        import torch_pruning
+    except ImportError as error:
+        raise ConfigurationError(
+            "structured pruning finds coupled channels with Torch-Pruning, which is not installed; "
+            'run `pip install "lightning-compress[structured]"`'
+        ) from error
+    return torch_pruning
