@@ -58,8 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except KeyboardInterrupt:
-        print("lightning-compress: interrupted; `resume=FOLDER` continues a run", file=sys.stderr)
         return INTERRUPTED
+    except SystemExit as stop:  # Lightning leaves this way when it is interrupted
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            return INTERRUPTED
+        raise
     except Exception as error:
         if wants_traceback:
             raise

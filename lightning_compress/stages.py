@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from lightning_compress.run.callbacks import (
     newest_checkpoints,
 )
 from lightning_compress.run.folder import RunFolder
+from lightning_compress.run.optimizer import own_optimizer
 from lightning_compress.run.quiet import quiet
 from lightning_compress.run.settings import Settings, Stage
 from lightning_compress.run.weights import load_weights
@@ -129,7 +129,9 @@ def plan_stages(settings: Settings, folder: RunFolder, data: LightningDataModule
     known = True
     for stage in _begin(settings, outcome):
         callbacks = {name: build_callback(settings, name) for name in (*stage.callbacks, *stage.apply)}
-        known = known and not stage.apply
+        if stage.apply:
+            _methods(stage, callbacks)
+            known = False
         if known:
             trainer = build_trainer(settings, stage, folder, [*callbacks.values(), StopAfterPlan()], writes=False)
             with own_optimizer(outcome.module, stage), quiet(logging.WARNING), suppress(PlanReadyError):
@@ -181,9 +183,8 @@ def _run_stage(
     started = time.monotonic()
     callbacks = {name: build_callback(settings, name) for name in (*stage.callbacks, *stage.apply)}
     if stage.apply:
-        methods = [callback for callback in callbacks.values() if isinstance(callback, CompressionCallback)]
-        outcome.module, summary = compress(outcome.module, *methods), ", ".join(stage.apply)
-        outcome.carried = {}
+        outcome.module = compress(outcome.module, *_methods(stage, callbacks))
+        outcome.carried, summary = {}, ", ".join(stage.apply)
     else:
         summary = _fit(settings, stage, folder, data, callbacks, outcome)
     history = [
@@ -197,6 +198,16 @@ def _run_stage(
     folder.complete(record, {"module": _tensors(outcome.module), "carried": outcome.carried})
     outcome.history += history
     log.info("stage %s: done in %.1f s; %s", stage.name, seconds, summary)
+
+
+def _methods(stage: Stage, callbacks: Mapping[str, Callback]) -> list[CompressionCallback]:
+    for name, callback in callbacks.items():
+        if not isinstance(callback, CompressionCallback):
+            raise ConfigurationError(
+                f"`stages.{stage.name}.apply` names {name!r}, a {type(callback).__name__}, which works only while "
+                f"training; use `stages.{stage.name}.callbacks`"
+            )
+    return [callback for callback in callbacks.values() if isinstance(callback, CompressionCallback)]
 
 
 def _fit(
@@ -256,6 +267,11 @@ def build_trainer(
         raise ConfigurationError(f"`{where}` (or `trainer`): {error}") from error
     if not isinstance(trainer, Trainer):
         raise ConfigurationError(f"`trainer._target_` must build a lightning Trainer, got {type(trainer).__name__}")
+    if trainer.world_size > 1:
+        raise ConfigurationError(
+            f"`trainer.devices` gives {trainer.world_size} processes, but the command trains stage after stage in one; "
+            "use one device here, or the callbacks in a script of your own under torchrun"
+        )
     return trainer
 
 
@@ -268,31 +284,6 @@ def _logger(node: Any, stage: Stage, folder: RunFolder) -> Any:
     attempt = len(list((logs / stage.name).glob("*")))  # a resumed stage must not overwrite its first log
     place = {"save_dir": str(logs), "name": stage.name, "version": str(attempt)}
     return build("trainer.logger", {**node, **place, "_partial_": False})
-
-
-@contextmanager
-def own_optimizer(module: LightningModule, stage: Stage) -> Iterator[None]:
-    """Give the module the stage's optimizer instead of its own for as long as the stage lasts."""
-    if stage.optimizer is None:
-        yield
-        return
-    make = build(f"stages.{stage.name}.optimizer", {**stage.optimizer, "_partial_": True})
-    plan = dict(stage.scheduler or {})
-    interval = plan.pop("interval", "epoch")
-    make_scheduler = build(f"stages.{stage.name}.scheduler", {**plan, "_partial_": True}) if plan else None
-
-    def configure_optimizers(self: LightningModule) -> Any:
-        optimizer = make([parameter for parameter in self.parameters() if parameter.requires_grad])
-        if make_scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": make_scheduler(optimizer), "interval": interval}}
-
-    # on the instance, as LightningCLI does it
-    vars(module)["configure_optimizers"] = MethodType(configure_optimizers, module)
-    try:
-        yield
-    finally:
-        del vars(module)["configure_optimizers"]
 
 
 def example_inputs(module: LightningModule, data: LightningDataModule) -> Any:

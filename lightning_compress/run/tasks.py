@@ -129,6 +129,9 @@ def _run(settings: Settings, folder: RunFolder) -> None:
     try:
         with quiet():
             _task(settings).run(settings, folder)
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
+        log.warning("interrupted; `lightning-compress resume=%s` goes on from the last checkpoint", folder.path)
+        raise
     finally:
         torch.set_num_threads(before)
 

@@ -123,6 +123,29 @@ def test_a_second_run_in_one_folder_starts_anew(tiny: Callable[..., Any]) -> Non
     assert not Path("run/compressed.safetensors").exists(), "what lies there would not be this run's"
 
 
+def test_a_stage_can_apply_a_method_without_training(tiny: Callable[..., Any]) -> None:
+    assert tiny("~stages.prune", "+stages.cut.apply=[prune]").code == 0
+    report = json.loads(Path("run/report.json").read_text())
+    by_name = {layer["name"]: layer for layer in report["layers"]}
+    cut = [by_name[f"net.{name}"] for name in ("conv1", "conv2", "fc1")]
+    biases = 32 + 64 + 128
+    weights = sum(layer["parameters"][1] for layer in cut) - biases
+    assert sum(layer["nonzero"][1] for layer in cut) - biases == weights - round(0.9 * weights)
+    assert [entry["stage"] for entry in report["history"]] == ["cut"]
+
+
+def test_an_interrupted_run_says_how_to_go_on(tiny: Callable[..., Any]) -> None:
+    Path("stopping.py").write_text(
+        "from lightning.pytorch import Callback\n"
+        "class Stop(Callback):\n"
+        "    def on_train_batch_end(self, *_):\n"
+        "        raise KeyboardInterrupt\n"
+    )
+    result = tiny("+callbacks.stop._target_=stopping.Stop", "+stages.train.callbacks=[stop]")
+    assert result.code == 130
+    assert f"resume={Path('run').absolute()}" in result.out + result.err
+
+
 USER_CODE = """
 import torch
 from lightning import LightningDataModule, LightningModule

@@ -41,6 +41,7 @@ CASES = [
     ("+stages.train.trainer.max_epoch=3", "`stages.train.trainer.max_epoch`", "'max_epochs'"),
     ("+stages.train.trainer.max_epochs=many", "`stages.train.trainer.max_epochs`", "got 'many'"),
     ("+stages.train.callbacks=[prun]", "`stages.train.callbacks`", "'prune'"),
+    ("trainer.devices=2", "`trainer.devices`", "torchrun"),
     ("+stages.train.epochs=3", "`stages.train.epochs`", "expected one of"),
     ("+stages.train.optimizer._target_=torch.optim.SDG", "`stages.train.optimizer._target_`", "'SGD'"),
     ("+stages.train.optimizer.lr=0.1", "`stages.train.optimizer`", "_target_"),
@@ -81,6 +82,15 @@ def test_bad_input_gives_one_line(word: str, named: str, hint: str, tiny: Callab
     assert "Traceback" not in result.out + result.err
     assert not Path("run/compressed.safetensors").exists()
     assert not Path("run/report.json").exists()
+
+
+def test_apply_takes_methods_only(tiny: Callable[..., Any]) -> None:
+    result = tiny(
+        *("+stages.last.apply=[timer]", "+callbacks.timer._target_=lightning.pytorch.callbacks.Timer"),
+        "+callbacks.timer.interval=step",
+    )
+    assert result.code == 2
+    assert "`stages.last.apply` names 'timer', a Timer" in result.err
 
 
 def test_missing_data_name_the_argument(tiny: Callable[..., Any]) -> None:
