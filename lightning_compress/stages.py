@@ -183,7 +183,8 @@ def _run_stage(
     started = time.monotonic()
     callbacks = {name: build_callback(settings, name) for name in (*stage.callbacks, *stage.apply)}
     if stage.apply:
-        outcome.module = compress(outcome.module, *_methods(stage, callbacks))
+        inputs = example_inputs(outcome.module, data)
+        outcome.module = compress(outcome.module, *_methods(stage, callbacks), example_inputs=inputs)
         outcome.carried, summary = {}, ", ".join(stage.apply)
     else:
         summary = _fit(settings, stage, folder, data, callbacks, outcome)
