@@ -53,6 +53,7 @@ def structure_copy(model: nn.Module, change: Callable[[Tensor], Tensor], share: 
         copied = copy.deepcopy(model, memo)
     for part in copied.modules():
         _drop_compiled_call(part)
+        _follow_identities(part, memo)
     return copied
 
 
@@ -72,6 +73,13 @@ def _drop_compiled_call(module: nn.Module) -> None:
         made_by_torch = callable(value) and getattr(value, "__module__", "") == nn.Module.__module__
         if made_by_torch and getattr(type(module), name, value) is None:
             delattr(module, name)
+
+
+def _follow_identities(module: nn.Module, memo: Mapping[int, Any]) -> None:
+    """Let mappings from the ``id`` of a part (a module remembers so which metric it logged) speak of the copies."""
+    for name, value in list(vars(module).items()):
+        if type(value) is dict and value and all(isinstance(memo.get(key), nn.Module) for key in value):
+            setattr(module, name, {id(memo[key]): item for key, item in value.items()})
 
 
 def _like(tensor: Tensor, changed: Tensor) -> Tensor:

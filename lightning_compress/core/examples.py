@@ -43,8 +43,9 @@ def example_from(loaders: Any) -> Any:
         if isinstance(source, IterableDataset) or not hasattr(source, "__len__"):
             continue
         with same_randomness():
-            samples = [source[index] for index in range(min(_SAMPLES, len(source)))]
-            batch = loader.collate_fn(samples)
+            indices = list(range(min(_SAMPLES, len(source))))
+            whole = getattr(source, "__getitems__", None)  # as torch's own fetcher does
+            batch = loader.collate_fn([source[index] for index in indices] if whole is None else whole(indices))
         inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
         if isinstance(inputs, Tensor) and inputs.dim() > 0:
             return inputs
