@@ -70,11 +70,13 @@ def write_container(path: str | Path, tensors: Mapping[str, Packed], metadata: M
         metadata: JSON-able values by name.
 
     Raises:
-        ConfigurationError: If ``path`` is a folder, or ``metadata`` is not JSON.
+        ConfigurationError: If ``path`` is a folder or a device, or ``metadata`` is not JSON.
     """
     path = Path(path)
     if path.is_dir():
         raise ConfigurationError(f"`path` {str(path)!r} is a folder; give the name of a file in it")
+    if path.exists() and not path.is_file():  # the rename would put a file in place of a device, a pipe or a socket
+        raise ConfigurationError(f"`path` {str(path)!r} is not a regular file; give the name of one")
     parts = {f"{key}:{name}": part for key, packed in tensors.items() for name, part in packed.parts.items()}
     ordered = dict(sorted(parts.items(), key=lambda item: -item[1].element_size()))  # wide ones first: all aligned
     header = _header(ordered, tensors, metadata)

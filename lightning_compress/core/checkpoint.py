@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,9 +44,9 @@ class ArtifactInfo:
     path: str
     bytes: int
     encoded_bits: Mapping[str, int]
-    journal: Journal
+    journal: Journal = field(repr=False)
     provenance: Mapping[str, Any]
-    tensors: Mapping[str, Mapping[str, Any]]
+    tensors: Mapping[str, Mapping[str, Any]] = field(repr=False)
 
 
 def save_compressed(model: nn.Module, path: str | Path, provenance: Mapping[str, Any] | None = None) -> ArtifactInfo:
@@ -61,7 +61,8 @@ def save_compressed(model: nn.Module, path: str | Path, provenance: Mapping[str,
         Sizes on disk, tensor by tensor.
 
     Raises:
-        ConfigurationError: For entries that are no plain tensors, a provenance that is not JSON, or a folder as path.
+        ConfigurationError: For a model that is none, entries that are no plain tensors, a provenance that is not JSON,
+            or a path that is no file's.
 
     >>> import tempfile
     >>> model = nn.Linear(100, 100)
@@ -71,6 +72,7 @@ def save_compressed(model: nn.Module, path: str | Path, provenance: Mapping[str,
     >>> info.tensors["weight"]["packing"], info.encoded_bits["indices"], info.encoded_bits["values"]
     ('bitmap', 10000, 6400)
     """
+    _check_arguments(model, path)
     state: dict[str, Any] = {}
     for key, value in model.state_dict().items():
         if not key.endswith(JOURNAL_KEY):
@@ -106,8 +108,9 @@ def load_compressed(model: ModuleT, path: str | Path) -> ModuleT:
     Raises:
         ArtifactError: If the file is missing, foreign, damaged, or newer, or holds other tensors than the model.
         JournalMismatchError: If the model has edits that the file does not have.
-        ConfigurationError: If an edit does not fit the model, or the model has no memory (``meta`` device).
+        ConfigurationError: If ``model`` is none, an edit does not fit it, or it has no memory (``meta`` device).
     """
+    _check_arguments(model, path)
     container = read_container(path)
     missing = _journal(container).missing_from(journal_of(model))
     _check_memory(model)
@@ -204,6 +207,16 @@ def _info(container: Container) -> ArtifactInfo:
 
 def _journal(container: Container) -> Journal:
     return Journal.from_json(json.dumps(container.metadata.get("journal")))
+
+
+def _check_arguments(model: object, path: object) -> None:
+    if not isinstance(model, nn.Module):
+        given = (
+            f"the class {model.__name__}; build it: {model.__name__}(...)" if isinstance(model, type) else repr(model)
+        )
+        raise ConfigurationError(f"`model` must be a torch.nn.Module, got {given[:200]}")
+    if not isinstance(path, str | Path):
+        raise ConfigurationError(f"`path` must be the name of a file, got {path!r}")
 
 
 def _check_memory(model: nn.Module) -> None:

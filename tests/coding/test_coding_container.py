@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import stat
 from collections.abc import Callable
@@ -132,6 +133,15 @@ def test_write_checks_its_arguments(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
     write_container(tmp_path / "new" / "folder" / "x", {}, {})
     assert (tmp_path / "new" / "folder" / "x").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigurationError, match="not a regular file"):
+        write_container(tmp_path / "pipe", {}, {})
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
 FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {

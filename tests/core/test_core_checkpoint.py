@@ -414,3 +414,23 @@ def test_only_lightning_classes_have_checkpoints(checkpoint: Path):
     for given in (nn.Linear, Module()):
         with pytest.raises(ConfigurationError, match="must be a LightningModule class"):
             load_from_checkpoint(given, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: save_compressed("x", nn.Linear(1, 1)), "`model` must be a torch.nn.Module, got 'x'"),
+        (lambda: save_compressed(nn.Linear(1, 1), None), "`path` must be the name of a file, got None"),
+        (lambda: load_compressed(nn.Linear, "x"), r"the class Linear; build it: Linear\(...\)"),
+        (lambda: load_compressed(nn.Linear(1, 1), 3), "`path` must be the name of a file, got 3"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(call: Any, words: str):
+    with pytest.raises(ConfigurationError, match=words):
+        call()
+
+
+def test_the_result_of_saving_is_readable(tmp_path: Path):
+    info = save_compressed(torchvision.models.resnet18(), tmp_path / "file")
+    assert len(info.tensors) == 122
+    assert len(repr(info)) < 500, "an interactive session prints it"
