@@ -23,6 +23,7 @@ from lightning_compress.core.isolation import same_randomness
 from lightning_compress.evaluation.baseline import combine, fill_skeleton, first_sample, load_baseline, take_skeleton
 from lightning_compress.evaluation.flips import Flips
 from lightning_compress.evaluation.measurement import Measurement, measure
+from lightning_compress.evaluation.notes import missed_target
 from lightning_compress.evaluation.render import print_report, write_report
 from lightning_compress.evaluation.report import (
     add_latencies,
@@ -32,6 +33,7 @@ from lightning_compress.evaluation.report import (
     try_metrics,
 )
 
+_UNREADABLE = "the given baseline could not be loaded; a warning says why"
 _STRUCTURE = ("parameters", "nonzero_parameters", "macs", "dense_bytes", "gzip_bytes", "metrics")
 
 
@@ -59,7 +61,7 @@ class CompressionReport(Callback):
         seed: Seed that the report shows; by default the one that Lightning's ``seed_everything`` left.
 
     Raises:
-        ConfigurationError: If ``baseline`` is none of these.
+        ConfigurationError: If ``baseline`` is none of these, or ``dirpath`` cannot be a folder.
 
     Attributes:
         report: The report after fit, else ``None``.
@@ -85,6 +87,8 @@ class CompressionReport(Callback):
                 "`baseline`: expected None, 'initial', the path of a Lightning checkpoint or a module, got "
                 f"{type(baseline).__name__}."
             )
+        if dirpath is not None and not isinstance(dirpath, str | Path):
+            raise ConfigurationError(f"`dirpath`: expected the name of a folder, got {dirpath!r}.")
         self.dirpath = dirpath
         self.baseline = baseline
         self.example_inputs = example_inputs
@@ -113,6 +117,8 @@ class CompressionReport(Callback):
                 f"`baseline`: there is no checkpoint file {str(self.baseline)!r}. Expected None, 'initial', the path "
                 "of a Lightning checkpoint or a module."
             )
+        if (folder := self._folder(trainer)).exists() and not folder.is_dir():
+            raise ConfigurationError(f"`dirpath`: {str(folder)!r} is a file; name a folder.")
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()
         self._skeleton = None if len(journal_of(pl_module)) else take_skeleton(pl_module)
@@ -160,13 +166,14 @@ class CompressionReport(Callback):
             return None
         before = measure(pl_module, gzip=self.gzip)
         if self.baseline != "initial":
-            return before.with_metrics(None, "no baseline was given; pass `baseline`")
+            given = self.baseline is not None  # its own metrics replace these, unless it cannot be loaded
+            return before.with_metrics(None, _UNREADABLE if given else "no baseline was given; pass `baseline`")
         return before.with_metrics(*self._test(trainer, pl_module))
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         callbacks = [callback for callback in callbacks_of(trainer) if isinstance(callback, CompressionCallback)]
         compressed = next((c.compressed for c in reversed(callbacks) if c.compressed is not None), pl_module)
-        folder = Path(self.dirpath) if self.dirpath is not None else Path(trainer.default_root_dir) / "compression"
+        folder = self._folder(trainer)
         artifact = self._save(compressed, folder)
         inputs, reason = self._inputs(trainer, pl_module)
         after = measure(compressed, inputs, gzip=self.gzip).with_metrics(*self._test(trainer, compressed))
@@ -178,7 +185,8 @@ class CompressionReport(Callback):
         if runner is None and self.latency and self._skeleton is not None:
             runner = fill_skeleton(self._skeleton, pl_module.device)
         before, after = add_latencies(measured, after, runner, compressed, inputs, enabled=self.latency, missing=reason)
-        flips = Flips(reason="it takes the baseline's weights; pass a checkpoint or a module as `baseline`")
+        unknown = "it takes the baseline's weights; pass a checkpoint or a module as `baseline`"
+        flips = Flips(reason=unknown if self.baseline in (None, "initial") else _UNREADABLE)
         if original is not None:
             flips = compare_predictions(original, compressed, _datamodule(trainer), self.test_dataloaders)
         self.report = assemble_report(
@@ -191,8 +199,12 @@ class CompressionReport(Callback):
             recipe=self.recipe,
             seed=self._seed(),
         )
+        self.report["notes"] = [*filter(None, map(missed_target, callbacks)), *self.report["notes"]]
         print_report(self.report)
         self.paths |= write_report(self.report, folder)
+
+    def _folder(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir, "compression") if self.dirpath is None else Path(self.dirpath)
 
     def _save(self, compressed: nn.Module, folder: Path) -> ArtifactInfo | None:
         path, provenance = folder / "compressed.safetensors", {"recipe": self.recipe, "seed": self._seed()}

@@ -71,7 +71,8 @@ def why_untestable(module: nn.Module, dataloaders: Any = None, datamodule: Light
     own = is_overridden("test_dataloader", module)
     theirs = datamodule is not None and is_overridden("test_dataloader", datamodule)
     if dataloaders is None and not own and not theirs:
-        return "there are no test data: neither the datamodule nor the module has a test_dataloader"
+        lacking = "there are no test data: neither the datamodule nor the module has a test_dataloader"
+        return f"{lacking}; pass `test_dataloaders`"
     return ""
 
 

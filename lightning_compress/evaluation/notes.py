@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.evaluation.latency import Latency
 from lightning_compress.evaluation.measurement import Measurement
 
@@ -150,6 +151,14 @@ def disturbed(who: str, part: Measurement) -> str:
         f"The latency of the {who} model was disturbed by other work on this machine "
         f"({part.latency.repeats} repeats); measure again on a quiet one before relying on it."
     )
+
+
+def missed_target(callback: CompressionCallback) -> str:
+    """Say that the run ended before a method reached its final amount, if it did."""
+    if callback.at_target or not callback.history:
+        return ""
+    reached, final = callback.history[-1].get("amount", 0.0), callback.schedule.final
+    return f"Training ended before the target of {callback.state_key}: it reached {reached:.4g} of {final:.4g}."
 
 
 def _selected_sparsity(report: Mapping[str, Any]) -> float | None:

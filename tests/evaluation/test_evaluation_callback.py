@@ -405,3 +405,39 @@ def test_two_processes_write_one_report(tmp_path):
     report = read(tmp_path / "out")
     assert report["metric_deltas"].keys() == {"accuracy", "loss"}
     assert report["compressed"]["nonzero_parameters"] < 0.6 * report["baseline"]["nonzero_parameters"]
+
+
+def test_a_folder_that_cannot_be_one_is_refused_before_training(tmp_path):
+    with pytest.raises(ConfigurationError, match="`dirpath`: expected the name of a folder, got 3"):
+        CompressionReport(3)
+    (tmp_path / "taken").write_text("")
+    net = Net()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ConfigurationError, match=r"`dirpath`: .*taken' is a file"):
+        trainer(tmp_path, CompressionReport(tmp_path / "taken")).fit(net, datamodule=Digits())
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_a_baseline_that_does_not_load_is_not_called_missing(tmp_path):
+    torch.save({"other": torch.zeros(1)}, tmp_path / "other.ckpt")
+    reporter = CompressionReport(tmp_path / "out", baseline=tmp_path / "other.ckpt", latency=False, gzip=False)
+    with pytest.warns(UserWarning, match="do not fit Net"):
+        trainer(tmp_path, reporter).fit(Net(), datamodule=Digits())
+    notes = " ".join(reporter.report["notes"])
+    assert notes.count("the given baseline could not be loaded") == 2, "for the metrics and for the flip rate"
+    assert "no baseline was given" not in notes
+
+
+class Stop(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step >= 2
+
+
+def test_a_target_that_was_missed_is_the_first_note(tmp_path):
+    method = Zeroing()
+    reporter = CompressionReport(tmp_path / "out", latency=False, gzip=False)
+    with pytest.warns(UserWarning, match="training ended after"):
+        trainer(tmp_path, reporter, method, Stop()).fit(Net(), datamodule=Digits())
+    reached = method.history[-1]["amount"]
+    assert 0 < reached < 0.5
+    assert reporter.report["notes"][0].endswith(f"it reached {reached:.4g} of 0.5.")
