@@ -80,6 +80,9 @@ def _bad_grammar(error: OverrideParseException) -> str:
         hint = f"for a recipe write recipes=NAME ({near})"
         return f"`{word}` is not of the form key=value; {hint}"
     first = next((line for line in error.message.splitlines() if not line.startswith(("Error parsing", "See "))), "")
+    key, _, value = word.partition("=")
+    if "=" in value and not value.startswith(("'", '"', "[", "{")):  # as in the names of Lightning's checkpoints
+        return f"`{word}` cannot be read as key=value, its value has an equals sign; write '{key}=\"{value}\"'"
     return f"`{word}` cannot be read as key=value ({first}); quote lists, brackets and spaces, as in 'key=[\"a*\"]'"
 
 
@@ -91,7 +94,7 @@ def _composition(error: ConfigCompositionException, words: Sequence[str]) -> str
         return f"`{word}`: several values need -m for a sweep, or brackets for one list: {key}=[{value}]"
     found = _NOT_FOUND.search(text)
     if found:
-        return _unknown_key(found.group(1), words)
+        return _unknown_key(found.group(1), words, error.__cause__)
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException):
         return f"{text.splitlines()[0] if text else 'the configuration'}: {_value(cause)}"
@@ -101,7 +104,7 @@ def _composition(error: ConfigCompositionException, words: Sequence[str]) -> str
     return text
 
 
-def _unknown_key(key: str, words: Sequence[str]) -> str:
+def _unknown_key(key: str, words: Sequence[str], cause: BaseException | None = None) -> str:
     """Say which part of a dotted key does not exist, and what does at that place."""
     if "/" in key or "@" in key:
         group = key.partition("@")[0]
@@ -116,6 +119,9 @@ def _unknown_key(key: str, words: Sequence[str]) -> str:
             where = f"`{place}` has no {part!r}" if place else f"there is no {part!r}"
             return f"`{key}`: {where}; {did_you_mean(part, options)}{_add_hint(key, node)}"
         node = OmegaConf.select(node, part, throw_on_resolution_failure=False)
+    if isinstance(cause, OmegaConfBaseException):  # the key exists, but not what the mapping given for it holds
+        reason = str(cause).splitlines()[0]
+        return f"`{key}`: {reason}; set its entries one by one, new ones with a plus: +{key}.NAME=VALUE"
     return f"`{key}` is not a known key"
 
 

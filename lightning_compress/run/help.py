@@ -14,9 +14,10 @@ lightning-compress: compress a PyTorch model while it trains.
 """
 
 NOTES = """\
-  trainer.max_epochs=5  stages.prune.trainer.max_epochs=5  callbacks.prune.schedule.final=0.8   change a value
+  stages.prune.trainer.max_epochs=5   callbacks.prune.schedule.final=0.8   seed=1    change a value
+  trainer.precision=16-mixed          for all stages that do not set it themselves
   +trainer.NAME=value    add one that is not listed      ~callbacks.prune    remove one
-  model.checkpoint=PATH  start from trained weights      seed=1              another seed
+  model.checkpoint=PATH  start from trained weights; 'model.checkpoint="a=1.ckpt"' if the name has an equals sign
   hydra.run.dir=FOLDER   where the results go            --config-dir=DIR    your own recipes/ and groups
 
 A list, a space or a bracket needs quotes in the shell: 'callbacks.prune.select.include=["conv*"]'.

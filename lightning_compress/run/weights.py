@@ -16,6 +16,7 @@ from lightning_compress.core.hooks import JOURNAL_KEY
 from lightning_compress.run.folder import load_tensors
 
 ARGUMENT = "`model.checkpoint`"
+SUFFIX = ".safetensors"
 
 
 def load_weights(module: nn.Module, path: str) -> None:
@@ -43,7 +44,7 @@ def _load(module: nn.Module, path: str) -> None:
     if not file.is_file():
         near = did_you_mean(file.name, sorted(other.name for other in file.parent.glob("*") if other.is_file()))
         raise ConfigurationError(f"{ARGUMENT}: there is no file {path!r}; in its folder: {near}")
-    if file.suffix == ".safetensors":
+    if file.suffix == SUFFIX:
         if is_artifact(file):
             load_compressed(module, file)
             return
@@ -60,7 +61,9 @@ def _load(module: nn.Module, path: str) -> None:
 
 
 def is_artifact(file: Path) -> bool:
-    """Tell a compressed artifact from plain tensors by the format in its header."""
+    """Tell a compressed artifact from plain tensors and from what ``torch.save`` wrote, by name and header."""
+    if file.suffix != SUFFIX:
+        return False
     try:
         with safe_open(file, "pt") as opened:
             return (opened.metadata() or {}).get("format") == FORMAT

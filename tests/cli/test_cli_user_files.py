@@ -1,0 +1,78 @@
+"""Files and code that users bring: checkpoints as Lightning names them, their own module and data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_compress.models import DigitsCNN, ImageClassifier
+from lightning_compress.run.shipped import recipe_files
+
+CODE = """
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+
+class Net(BoringModel):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Sequential(torch.nn.Linear(32, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+
+class Data(LightningDataModule):
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(RandomDataset(32, 8))
+    val_dataloader = test_dataloader = train_dataloader
+"""
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_evaluate_measures_what_torch_saved(wrapped: bool, tiny: Callable[..., Any]) -> None:
+    module = ImageClassifier(DigitsCNN())
+    with torch.no_grad():
+        module.net.conv1.weight.zero_()
+    state = module.state_dict()
+    torch.save({"state_dict": state} if wrapped else state, "weights.ckpt")
+    result = tiny("task=evaluate", "model.checkpoint=weights.ckpt")
+    assert result.code == 0, result.err
+    rows = {row["name"]: row for row in json.loads(Path("run/report.json").read_text())["layers"]}
+    assert rows["net.conv1"]["nonzero"][1] == int((module.net.conv1.bias != 0).sum())
+
+
+def test_an_equals_sign_in_a_file_name(tiny: Callable[..., Any]) -> None:
+    torch.save(ImageClassifier(DigitsCNN()).state_dict(), "epoch=1.ckpt")
+    refused = tiny("task=evaluate", "model.checkpoint=epoch=1.ckpt")
+    assert refused.code == 2
+    assert "write 'model.checkpoint=\"epoch=1.ckpt\"'" in refused.err
+    assert tiny("task=evaluate", 'model.checkpoint="epoch=1.ckpt"').code == 0
+
+
+def test_pickled_code_is_refused_without_advice_to_load_it(tiny: Callable[..., Any]) -> None:
+    torch.save({"state_dict": torch.nn.Linear(1, 1)}, "code.ckpt")
+    result = tiny("task=evaluate", "model.checkpoint=code.ckpt")
+    assert result.code == 2
+    assert "pickled code is never loaded" in result.err
+    assert "weights_only" not in result.err
+
+
+@pytest.mark.parametrize("recipe", sorted(recipe_files()))
+def test_every_recipe_takes_a_module_and_data_by_target(
+    recipe: str, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"own_code_{recipe}"
+    Path(f"{name}.py").write_text(CODE)
+    own = ("model=custom", f"model.module._target_={name}.Net", "data=custom", f"data._target_={name}.Data")
+    result = run(f"recipes={recipe}", *own, "task=plan", "hydra.run.dir=run")
+    assert result.code == 0, result.err
+    assert "layer.0" in result.out
+
+
+def test_a_mapping_with_new_entries_says_how_to_add_them(tiny: Callable[..., Any]) -> None:
+    result = tiny("model=custom", "model.module={_target_: torch.nn.Linear, in_features: 8}")
+    assert result.code == 2
+    assert "'in_features' is not in struct" in result.err
+    assert "+model.module.NAME=VALUE" in result.err
