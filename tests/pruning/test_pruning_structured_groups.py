@@ -150,6 +150,9 @@ def test_limits_and_scopes() -> None:
     assert choose_cuts(scores, 0.75, costs, "layer") == {"a": [0], "b": [0]}
     assert choose_cuts(scores, 0.5, costs, limits=Limits(floor=0.5)) == {"a": [0, 1], "b": [0, 1]}
     assert choose_cuts(scores, 1.0, costs) == {}
+    for scope in ("global", "layer"):  # what is gone stays so, also where the last step went further than asked
+        assert choose_cuts(scores, 0.8, costs, scope, gone={"b": [1, 3]}) == {"b": [1, 3]}
+    assert choose_cuts(scores, 0.625, costs, gone={"b": [1, 3]}) == {"a": [0], "b": [1, 3]}
     with pytest.raises(ConfigurationError, match=r"at least 0.5 stays"):
         choose_cuts(scores, 0.4, costs, limits=Limits(floor=0.5))
 

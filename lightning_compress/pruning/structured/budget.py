@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.errors import ConfigurationError
-from lightning_compress.pruning.structured.groups import ChannelGroup, Layers
+from lightning_compress.pruning.structured.groups import ChannelGroup, Cuts, Layers
 
 GOALS = ("channels", "macs", "parameters")
 SCOPES = ("global", "layer")
@@ -116,7 +116,12 @@ class Limits:
 
 
 def choose_cuts(
-    scores: Mapping[str, Tensor], target: float, costs: Costs, scope: str = "global", limits: Limits | None = None
+    scores: Mapping[str, Tensor],
+    target: float,
+    costs: Costs,
+    scope: str = "global",
+    limits: Limits | None = None,
+    gone: Cuts | None = None,
 ) -> dict[str, list[int]]:
     """Return the channels with the lowest scores, as few as make the cost fall to ``target``.
 
@@ -126,6 +131,7 @@ def choose_cuts(
         costs: What the model costs.
         scope: ``"global"`` ranks all channels together, ``"layer"`` cuts the same share of every group.
         limits: How far a group may be cut.
+        gone: Channels that have been cut already and do not come back, by group.
 
     Returns:
         Channels to remove, in order, by group. The target is met, never exceeded.
@@ -138,7 +144,8 @@ def choose_cuts(
     {'a': [1]}
     """
     limits = Limits() if limits is None else limits
-    names = list(scores)
+    names, before = list(scores), {name: list((gone or {}).get(name, ())) for name in scores}
+    scores = {name: values.index_fill(0, torch.tensor(before[name]).long(), -1) for name, values in scores.items()}
     ranks = {name: torch.sort(values, stable=True).indices for name, values in scores.items()}
     order = _removal_order(scores, ranks, scope)
     sizes = torch.tensor([len(scores[name]) for name in names])
@@ -146,7 +153,7 @@ def choose_cuts(
     def kept(count: int) -> dict[str, int]:
         removed = torch.bincount(order[:count], minlength=len(names))
         pairs = zip(names, sizes.tolist(), removed.tolist(), strict=True)
-        return {name: limits.kept(size, gone) for name, size, gone in pairs}
+        return {name: min(limits.kept(size, cut), size - len(before[name])) for name, size, cut in pairs}
 
     low, high = 0, len(order)
     least = costs.share(kept(high))

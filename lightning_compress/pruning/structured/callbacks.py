@@ -133,11 +133,9 @@ class StructuredPruning(CompressionCallback):
 
     def update(self, layers: Layers, amount: float) -> None:
         """Choose the channels that go, those that are gone already first, and set them to zero."""
-        scores = {}
-        for group in self._groups:
-            scores[group.name] = channel_importance(group, layers)
-            scores[group.name][self._cuts.get(group.name, [])] = -1.0
-        self._cuts = choose_cuts(scores, 1 - amount, self._costs[self.goal], self.scope, self._limits)
+        scores = {group.name: channel_importance(group, layers) for group in self._groups}
+        costs = self._costs[self.goal]
+        self._cuts = choose_cuts(scores, 1 - amount, costs, self.scope, self._limits, gone=self._cuts)
         self.enforce(layers)
 
     def enforce(self, layers: Layers) -> None:
