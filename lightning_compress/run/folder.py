@@ -143,7 +143,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different type for every way a file can be broken
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if "weights_only" in reason:  # torch's own text advises to run the code in the file
+        if reason.startswith("Weights only load failed"):  # torch's own text advises to run the code in the file
             raise ArtifactError(f"{path} is not a file of tensors alone; pickled code is never loaded") from error
         raise ArtifactError(f"{path} cannot be read; it is damaged, or not a file of tensors ({reason})") from error
     if not isinstance(content, dict):
