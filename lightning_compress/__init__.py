@@ -31,8 +31,8 @@ from lightning_compress.pruning import (
     OptimalBrainCompression,
     Rule,
 )
-
 from lightning_compress.pruning.structured import StructuredPruning, coupled_groups, recalibrate_batch_norm
+
 __version__ = "0.1.0"
 
 __all__ = [
