@@ -145,7 +145,7 @@ class CompressionCallback(Callback, ABC):
     @final
     def at_target(self) -> bool:
         """Whether the schedule's final amount has been applied."""
-        return self._amount is not None and self._amount == self.schedule.final
+        return self._amount is not None and self._amount >= self.schedule.final
 
     @property
     @final
@@ -392,10 +392,14 @@ class CompressionCallback(Callback, ABC):
         self.reset_values()
 
     def _due_amount(self, timeline: Timeline, t: int, last: bool) -> float | None:
-        """Return the amount to apply after update ``t``, or ``None``; catches up where a schedule time was skipped."""
+        """Return the amount to apply after update ``t``, or ``None``; catches up where a schedule time was skipped.
+
+        It never falls, also when a run is resumed under another schedule: what was taken would come back untrained.
+        """
+        least = max(self._floor, self._amount or 0.0)
         if (timeline.reached(t) or last) and not self.at_target:
-            return max(self.schedule.final, self._floor)
-        return max(timeline.amount(t), self._floor) if timeline.due(t) else None
+            return max(self.schedule.final, least)
+        return max(timeline.amount(t), least) if timeline.due(t) else None
 
     def _change(self, layers: Layers, amount: float, epoch: int) -> None:
         self.update(layers, amount)

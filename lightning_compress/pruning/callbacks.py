@@ -164,7 +164,7 @@ class IterativePruning(CompressionCallback):
         choose = self._chooser(layers, weights)
         pool = [key for key, rule in rules.items() if rule is None]
         self._masks.update(choose(pool, amount, self.scope) if pool else {})
-        share = amount / self.schedule.final if self.schedule.final else 0.0
+        share = min(1.0, amount / self.schedule.final) if self.schedule.final else 0.0
         for key, rule in rules.items():
             if rule is not None and rule.amount > 0:
                 self._masks.update(choose([key], rule.amount * share, "layer"))

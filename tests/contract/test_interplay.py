@@ -451,6 +451,21 @@ def test_a_second_fit_keeps_the_zeros(tmp_path: Path) -> None:
     assert min(watch.seen) == pytest.approx(0.75, abs=0.01)
 
 
+@pytest.mark.parametrize("changed", [{"max_epochs": 6}, {"final": 0.4}], ids=str)
+def test_sparsity_never_falls_when_a_run_is_resumed_under_another_schedule(changed: dict, tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path / "a", filename="{epoch}", save_top_k=-1)
+    first = pruning(end="90%")
+    trainer(tmp_path, first, saver, max_epochs=3).fit(Task())
+    epochs, final = changed.get("max_epochs", 3), changed.get("final", 0.75)
+    model, again = Task(), pruning(final, end="90%")
+    fitted = trainer(tmp_path, again, ModelCheckpoint(tmp_path / "b"), max_epochs=epochs)
+    fitted.fit(model, ckpt_path=tmp_path / "a" / "epoch=1.ckpt")
+    amounts = [entry["sparsity"] for entry in again.history]
+    assert amounts == sorted(amounts)
+    assert again.at_target
+    assert zeros(model.state_dict()) == pytest.approx(max(amounts))
+
+
 def test_another_model_starts_afresh(tmp_path: Path) -> None:
     callback = pruning()
     trainer(tmp_path, callback, enable_checkpointing=False).fit(Task())
