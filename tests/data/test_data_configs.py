@@ -25,7 +25,8 @@ def compose(*overrides: str) -> DictConfig:
 
 def test_no_config_is_forgotten():
     assert set(MODELS) == {"digits_cnn", "lenet300", "lenet5", "resnet20", "resnet56", "torchvision", "custom"}
-    assert set(DATA) == {"cifar10_jpeg", "digits", "fake", "image_folder", "mnist", "custom"}
+    shifted = {"digits_shifted", "mnist_shifted"}
+    assert set(DATA) == {"cifar10_jpeg", "digits", "fake", "image_folder", "mnist", "custom"} | shifted
 
 
 def test_custom_configs_take_a_target():
