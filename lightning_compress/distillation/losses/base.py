@@ -1,0 +1,100 @@
+"""The protocol of a distillation loss, which is all that a wrapper needs to know about one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.distillation.adapters import Adapters, Features, seeded_layers
+
+Pair = tuple[nn.Module | None, nn.Module | None]
+"""What one pair of features needs: a module for the student's side, one for the teacher's; ``None`` for neither."""
+
+
+class DistillationLoss(nn.Module, ABC):
+    """A number that is small when the student does what the teacher does.
+
+    What a wrapper does with one::
+
+        adapter = loss.adapt(student_shapes, teacher_shapes)  # once, before optimizers exist; shapes with the batch
+        if adapter is not None:  # its parameters belong to the optimizer
+            student, teacher = adapter(student, teacher)
+        value = loss(student, teacher, target, temperature)  # a scalar in at least float32
+
+    - ``name``: the loss's word in logs and configs.
+    - ``on``: ``"output"`` compares what the two models return, ``"features"`` what taps inside them see.
+    - ``uses_teacher``: ``False`` if the students teach themselves or each other; ``teacher`` is then not looked at.
+    - ``seed``: adapters depend on it and on the shapes only; global random states are not touched.
+
+    Weights and their schedules are the wrapper's. Several pairs are summed, as the papers do. Nothing flows back into
+    ``teacher``: it is detached inside. Losses with buffers (``state_dict`` not empty) need them saved for an exact
+    resume; they move on in training mode only.
+    """
+
+    name: ClassVar[str]
+    on: Literal["output", "features"] = "output"
+    uses_teacher: ClassVar[bool] = True
+    seed: int = 0
+
+    @abstractmethod
+    def forward(self, student: Features, teacher: Features, target: Tensor | None, temperature: float) -> Tensor:
+        """Return the loss, a scalar.
+
+        Args:
+            student: What the student gave: one tensor, or one a pair.
+            teacher: The same from the teacher.
+            target: The task's labels, for losses that look at them.
+            temperature: Above 0, for losses that soften.
+        """
+
+    def adapt(self, student_shape: Sequence[torch.Size], teacher_shape: Sequence[torch.Size]) -> Adapters | None:
+        """Return what maps the features of each pair to comparable shapes, or ``None`` if nothing is needed.
+
+        Args:
+            student_shape: One shape a pair, with the batch dimension.
+            teacher_shape: The same for the teacher.
+
+        Returns:
+            A module to call as ``adapter(student, teacher)``, which returns both sides; or ``None``.
+
+        Raises:
+            ConfigurationError: If the numbers of pairs differ, or shapes cannot be matched; names pair and shapes.
+        """
+        if len(student_shape) != len(teacher_shape) and self.uses_teacher:
+            raise ConfigurationError(
+                f"`{self.name}` compares features in pairs, but the student gives {len(student_shape)} and the teacher "
+                f"{len(teacher_shape)}; name as many layers on each side"
+            )
+        if not self.uses_teacher:
+            return None
+        with seeded_layers(self.seed):
+            pairs = [
+                self.pair(torch.Size(ours), torch.Size(theirs), f"`{self.name}` pair {index}")
+                for index, (ours, theirs) in enumerate(zip(student_shape, teacher_shape, strict=True))
+            ]
+        if all(ours is None and theirs is None for ours, theirs in pairs):
+            return None
+        return Adapters([ours for ours, _ in pairs], [theirs for _, theirs in pairs])
+
+    def pair(self, student: torch.Size, teacher: torch.Size, where: str) -> Pair:
+        """Return the modules that one pair of shapes needs; here none, and the shapes must be equal past the batch.
+
+        Args:
+            student: Shape of the student's feature, batch first.
+            teacher: Shape of the teacher's.
+            where: Start of an error's sentence: which loss and pair.
+
+        Raises:
+            ConfigurationError: If they cannot be compared.
+        """
+        if student[1:] != teacher[1:]:
+            raise ConfigurationError(
+                f"{where}: the student gives {tuple(student)} and the teacher {tuple(teacher)}; they must agree after "
+                "the batch dimension"
+            )
+        return None, None
