@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_compress.core.checks import check_times, check_trainer
-from lightning_compress.core.clock import UpdateClock, callbacks_of, horizon_of, is_last_batch
+from lightning_compress.core.clock import UpdateClock, callbacks_of, gradient_scale, horizon_of, is_last_batch
 from lightning_compress.core.copies import full_copy
 from lightning_compress.core.errors import ConfigurationError, JournalMismatchError
 from lightning_compress.core.examples import example_from, own_example
@@ -99,6 +99,15 @@ class CompressionCallback(Callback, ABC):
 
     def observe(self, layers: Layers) -> None:
         """Look at gradients, unscaled but not clipped, right before an optimizer step."""
+
+    def before_step(self, layers: Layers, optimizer: Optimizer, scale: float) -> None:
+        """Change gradients, not clipped yet, of the layers that ``optimizer`` trains, right before it steps.
+
+        ``scale`` is what they are multiplied with: 1, unless a fused optimizer unscales them itself.
+        """
+
+    def after_step(self, layers: Layers, optimizer: Optimizer) -> None:
+        """Change values as a part of every optimizer step; called under ``no_grad``, before :meth:`enforce`."""
 
     @abstractmethod
     def update(self, layers: Layers, amount: float) -> None:
@@ -258,14 +267,19 @@ class CompressionCallback(Callback, ABC):
         self._clock.start(trainer)
         if _overrides(self, "enforce"):
             self._enforce()
-            run.after_each_step(trainer.optimizers, self.enforce)
+        if _overrides(self, "enforce") or _overrides(self, "after_step"):
+            run.after_each_step(trainer.optimizers, self._after_step)
 
     @final
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Let the method see the gradients."""
-        if _overrides(self, "observe") and self._run is not None:
-            with torch.no_grad():
+        """Let the method see the gradients, and change them."""
+        if self._run is None:
+            return
+        with torch.no_grad():
+            if _overrides(self, "observe"):
                 self.observe(self._run.layers)
+            if _overrides(self, "before_step"):
+                self.before_step(self._run.trained_by(optimizer), optimizer, gradient_scale(trainer, optimizer))
 
     @final
     def on_train_batch_end(
@@ -406,6 +420,10 @@ class CompressionCallback(Callback, ABC):
         self._amount = amount
         self._logged = {key: float(value) for key, value in self.metrics(layers).items()}
         self.history.append({"step": self._clock.updates, "epoch": epoch, "amount": amount, **self._logged})
+
+    def _after_step(self, layers: Layers, optimizer: Optimizer) -> None:
+        self.after_step(layers, optimizer)
+        self.enforce(layers)
 
     def _enforce(self) -> None:
         if self._run is not None and _overrides(self, "enforce"):

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch.optim import Optimizer
 
 from lightning_compress.core.schedule import Horizon
 
@@ -75,6 +76,12 @@ def is_last_batch(trainer: Trainer) -> bool:
         return True
     epochs = trainer.max_epochs
     return bool(trainer.is_last_batch and epochs is not None and 0 <= epochs <= trainer.current_epoch + 1)
+
+
+def gradient_scale(trainer: Trainer, optimizer: Optimizer) -> float:
+    """Return what gradients are multiplied with before a step: 1, unless a fused optimizer unscales them itself."""
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    return (_loss_scale(trainer) or 1.0) if fused else 1.0
 
 
 def _loss_scale(trainer: Trainer) -> float | None:

@@ -28,12 +28,12 @@ class Run:
         self._handles: list[Any] = []
         self._owned: dict[int, tuple[int, Layers]] = {}
 
-    def after_each_step(self, optimizers: Iterable[Optimizer], action: Callable[[Layers], None]) -> None:
+    def after_each_step(self, optimizers: Iterable[Optimizer], action: Callable[[Layers, Optimizer], None]) -> None:
         """Call ``action`` under ``no_grad`` right after every step of each optimizer, with the layers it trains."""
 
         def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             with torch.no_grad():
-                action(self._trained_by(optimizer))
+                action(self.trained_by(optimizer), optimizer)
 
         self._handles.extend(optimizer.register_step_post_hook(hook) for optimizer in optimizers)
 
@@ -42,7 +42,8 @@ class Run:
         while self._handles:
             self._handles.pop().remove()
 
-    def _trained_by(self, optimizer: Optimizer) -> Layers:
+    def trained_by(self, optimizer: Optimizer) -> Layers:
+        """Return the selected layers of which ``optimizer`` holds a parameter."""
         size = sum(len(group["params"]) for group in optimizer.param_groups)
         known = self._owned.get(id(optimizer))
         if known is None or known[0] != size:  # groups can grow while layers are unfrozen
