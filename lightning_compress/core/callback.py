@@ -57,6 +57,8 @@ class CompressionCallback(Callback, ABC):
     """Callbacks that must stand after this one."""
     conflicts_with: ClassVar[tuple[type[Callback], ...]] = ()
     """Callbacks that cannot be used together with this one."""
+    needs_training: ClassVar[str] = ""
+    """Why the method is no way to compress a trained model at once; empty if it is one."""
 
     def __init__(self, schedule: Schedule, select: Select, name: str | None = None) -> None:
         if not isinstance(schedule, Schedule):
@@ -168,6 +170,15 @@ class CompressionCallback(Callback, ABC):
         """Number of optimizer updates this callback has counted."""
         return self._clock.updates
 
+    @property
+    @final
+    def module(self) -> nn.Module:
+        """The whole module that a Trainer is given, from ``setup`` on."""
+        module = self._module_ref() if self._module_ref is not None else None
+        if module is None:
+            raise ConfigurationError(f"{self.state_key} has met no module yet; give it to a Trainer and call fit")
+        return module
+
     @final
     def layers(self, root: nn.Module) -> dict[str, nn.Module]:
         """Return the selected layers of ``root``, which may be a copy of the module that was trained."""
@@ -186,8 +197,13 @@ class CompressionCallback(Callback, ABC):
 
         Raises:
             SelectionError: If no layer is selected.
-            ConfigurationError: If the method runs the model and there are no example inputs.
+            ConfigurationError: If the method works only while a model trains, or if it runs the model and there are
+                no example inputs.
         """
+        if self.needs_training:
+            raise ConfigurationError(
+                f"{self.state_key} works only while a model trains: {self.needs_training}. Give it to a Trainer"
+            )
         self._forget_model()
         self._resolve(model)
         install_hooks(model)
@@ -256,10 +272,13 @@ class CompressionCallback(Callback, ABC):
         Not earlier: asking for the length of the training data before Lightning has restored its loops would keep a
         loader's saved position from being restored.
         """
-        timeline = self.schedule.resolve(horizon_of(trainer), clamp=bool(getattr(trainer, "fast_dev_run", False)))
+        horizon, clamp = horizon_of(trainer), bool(getattr(trainer, "fast_dev_run", False))
+        self.schedule.resolve(horizon, clamp)  # wrong times are an error before values are touched
         self._examine(pl_module, own_example(pl_module), trainer.train_dataloader)
-        run = Run(self.layers(pl_module), timeline)
-        self.attach_values(run.layers)
+        layers = self.layers(pl_module)
+        self.attach_values(layers)
+        timeline = self.schedule.resolve(horizon, clamp)  # the values may say how far a schedule over fits has come
+        run = Run(layers, timeline)
         rows = [*self.plan(run.layers), *(PlanRow("kept", path, "", why) for path, why in self._left.items())]
         self.plan_text = render_plan(f"{self.state_key}: {timeline}", rows)
         rank_zero_info(self.plan_text)

@@ -20,11 +20,15 @@ class Run:
     Args:
         layers: The selected layers of the module in training.
         timeline: The schedule in optimizer updates.
+
+    Attributes:
+        optimizers: Those of the fit, once something is to happen after each of their steps.
     """
 
     def __init__(self, layers: Layers, timeline: Timeline) -> None:
         self.layers = layers
         self.timeline = timeline
+        self.optimizers: tuple[Optimizer, ...] = ()
         self._handles: list[Any] = []
         self._owned: dict[int, tuple[int, Layers]] = {}
 
@@ -35,7 +39,8 @@ class Run:
             with torch.no_grad():
                 action(self.trained_by(optimizer), optimizer)
 
-        self._handles.extend(optimizer.register_step_post_hook(hook) for optimizer in optimizers)
+        self.optimizers = tuple(optimizers)
+        self._handles.extend(optimizer.register_step_post_hook(hook) for optimizer in self.optimizers)
 
     def release(self) -> None:
         """Remove the hooks."""
