@@ -32,7 +32,7 @@ from lightning_compress.run.folder import RunFolder
 from lightning_compress.run.optimizer import own_optimizer
 from lightning_compress.run.quiet import quiet
 from lightning_compress.run.settings import Settings, Stage
-from lightning_compress.run.weights import load_weights
+from lightning_compress.run.weights import load_pretrained, load_weights
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +149,7 @@ def _begin(settings: Settings, outcome: Outcome) -> list[Stage]:
     if not settings.model.get("checkpoint"):
         if not stages:
             raise ConfigurationError("`stages` is empty and `model.checkpoint` is null: nothing to do; give either")
+        load_pretrained(outcome.module, settings.model.get("pretrained"))
         return stages
     load_weights(outcome.module, str(settings.model["checkpoint"]))
     outcome.baseline = _tensors(outcome.module)

@@ -43,7 +43,7 @@ class Settings:
         recipe: Name of the recipe.
         seed: Seed of everything random.
         threads: CPU threads of torch, or ``None`` for its own choice.
-        model: ``module`` (a ``_target_``) and ``checkpoint`` (a path or ``None``).
+        model: ``module`` (a ``_target_``), ``checkpoint`` and ``pretrained`` (paths or ``None``).
         data: A ``_target_``: the data module.
         trainer: A ``_target_``: the Trainer.
         task: A ``_target_``: what to do.
@@ -92,7 +92,7 @@ def read_settings(config: DictConfig) -> Settings:
     _check_count("threads", raw["threads"])
     for key in ("model", "data", "trainer", "task", "callbacks", "stages", "checkpoint", "report"):
         _check_mapping(key, raw[key])
-    _check_keys("model", raw["model"], {"module", "checkpoint"}, required={"module"})
+    _check_keys("model", raw["model"], {"module", "checkpoint", "pretrained"}, required={"module"})
     _check_numbers(raw["checkpoint"], raw["report"])
     check_targets(raw)
     stages = tuple(_read_stage(name, value, raw["callbacks"]) for name, value in raw["stages"].items())

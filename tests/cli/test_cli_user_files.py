@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lightning_compress.models import DigitsCNN, ImageClassifier
 from lightning_compress.run.shipped import recipe_files
@@ -57,6 +58,28 @@ def test_pickled_code_is_refused_without_advice_to_load_it(tiny: Callable[..., A
     assert result.code == 2
     assert "pickled code is never loaded" in result.err
     assert "weights_only" not in result.err
+
+
+def test_training_starts_from_given_weights_without_counters(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10), torch.nn.BatchNorm1d(10))
+    Path("weights").mkdir()
+    save_file(
+        {key: value for key, value in net.state_dict().items() if "batches" not in key}, "weights/net.safetensors"
+    )
+    monkeypatch.setenv("LIGHTNING_COMPRESS_DATA", "weights")
+    Path("own_net.py").write_text(
+        "from torch.nn import BatchNorm1d, Flatten, Linear, Sequential\n\n"
+        "def make(num_classes):\n    return Sequential(Flatten(), Linear(64, num_classes), BatchNorm1d(num_classes))\n"
+    )
+    frozen = ("++stages.train.optimizer={_target_:torch.optim.SGD,lr:0.0}", "model.module.net._target_=own_net.make")
+    everything = "callbacks.prune.select.not_last=false"
+    result = tiny("model.pretrained=net.safetensors", *frozen, everything)
+    assert result.code == 0, result.err
+    trained = torch.load("run/checkpoints/train.pt", weights_only=True)["module"]
+    assert torch.equal(trained["net.1.weight"], net[1].weight)
+    assert trained["net.2.num_batches_tracked"] == 2
 
 
 @pytest.mark.parametrize("recipe", sorted(recipe_files()))

@@ -24,7 +24,9 @@ def compose(*overrides: str) -> DictConfig:
 
 
 def test_no_config_is_forgotten():
-    assert set(MODELS) == {"digits_cnn", "lenet300", "lenet5", "resnet20", "resnet56", "torchvision", "custom"}
+    assert set(MODELS) == {"digits_cnn", "lenet300", "lenet5", "resnet20", "resnet56", "torchvision", "custom"} | {
+        "resnet20_cifar10"
+    }
     shifted = {"digits_shifted", "mnist_shifted"}
     assert set(DATA) == {"cifar10_jpeg", "digits", "fake", "image_folder", "mnist", "custom"} | shifted
 
