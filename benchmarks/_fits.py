@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-import random
-import threading
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
@@ -21,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.models import resnet18
 
 from benchmarks._common import Times
+from benchmarks._turns import time_in_turns
 from lightning_compress import IterativePruning, Schedule
 
 SPARSITY = 0.9
@@ -139,80 +135,23 @@ def fit(case: str, net: nn.Module, shape: Sequence[int], steps: int, watch: Call
         raise RuntimeError(f"{case}: {zeros:.4f} of the weights are zero after the fit; the comparison is void")
 
 
-class Relay(Callback):
-    """Stops a fit every few training batches until it is its turn, and times its steps in between.
-
-    Args:
-        run: Runs the fit with this callback first in its list; called in a thread of its own.
-        burst: Steps of a turn.
-    """
-
-    def __init__(self, run: Callable[[Relay], None], burst: int) -> None:
-        self._burst = burst
-        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
-        self._error: BaseException | None = None
-        self._started: tuple[float, float] | None = None
-        self.times: list[tuple[float, float]] = []  # wall and processor seconds of each step
-        self._thread = threading.Thread(target=self._work, args=(run,), daemon=True)
-        self._thread.start()
-        self._await()
-
-    def turn(self) -> None:
-        """Let the fit take its next steps, or come to its end."""
-        self._go.release()
-        self._await()
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note the time; at the end of a turn hand over, and note the time again when the turn comes back."""
-        wall, cpu = time.perf_counter(), time.thread_time()
-        if self._started is not None:
-            self.times.append((wall - self._started[0], cpu - self._started[1]))
-        if len(self.times) % self._burst == 0:
-            self._stopped.release()
-            self._go.acquire()
-        self._started = time.perf_counter(), time.thread_time()
-
-    def _work(self, run: Callable[[Relay], None]) -> None:
-        try:
-            torch.set_num_threads(1)
-            run(self)
-        except BaseException as error:
-            self._error = error
-        finally:
-            self._stopped.release()
-
-    def _await(self) -> None:
-        self._stopped.acquire()
-        if self._error is not None:
-            raise self._error
+def timed_fit(case: str, build: Callable[[], nn.Module], shape: Sequence[int], watch: Callback, steps: int) -> None:
+    """Run a case of :data:`CASES` as one of the fits that take turns; each case gets the same initial weights."""
+    torch.manual_seed(0)
+    fit(case, build(), shape, steps, watch)
 
 
 def time_steps(
-    build: Callable[[], nn.Module], shape: Sequence[int], rounds: int, burst: int = 6, seed: int = 0
+    build: Callable[[], nn.Module], shape: Sequence[int], rounds: int, burst: int = 6, threads: int = 1
 ) -> dict[str, tuple[Times, Times]]:
     """Return wall and processor seconds of a training step of every case, one median per round.
 
-    The fits are alive at the same time, and only one runs at a time: each round gives every fit a burst of steps, in
-    an order shuffled anew, so that whatever else the machine does falls on all of them alike. The first two steps of a
-    burst bring the fit's tensors back into the caches, where a fit that runs alone has them, and are not kept.
-
     Args:
-        build: Makes a network; each case gets the same initial weights.
+        build: Makes a network; a function of a module, or a ``functools.partial`` of one.
         shape: Shape of a batch of inputs.
-        rounds: Rounds that are kept; one more before them chooses the masks.
+        rounds: Rounds that are kept.
         burst: Steps of each fit in a round, at least 3.
-        seed: Of weights and order.
+        threads: Threads of torch in each fit.
     """
-    relays: dict[str, Relay] = {}
-    steps = burst * (rounds + 1) + 1
-    for case in CASES:
-        torch.manual_seed(seed)
-        net = build()
-        relays[case] = Relay(partial(fit, case, net, shape, steps), burst)
-    order, rng = list(CASES), random.Random(seed)
-    for _ in range(rounds + 2):
-        rng.shuffle(order)
-        for case in order:
-            relays[case].turn()
-    kept = {case: np.array(relay.times).reshape(-1, burst, 2)[1:, 2:] for case, relay in relays.items()}
-    return {case: (np.median(t[..., 0], axis=1), np.median(t[..., 1], axis=1)) for case, t in kept.items()}
+    fits = {case: partial(timed_fit, case, build, shape) for case in CASES}
+    return time_in_turns(fits, rounds, burst, threads)
