@@ -46,6 +46,7 @@ def example_from(loaders: Any) -> Any:
             indices = list(range(min(_SAMPLES, len(source))))
             whole = getattr(source, "__getitems__", None)  # as torch's own fetcher does
             batch = loader.collate_fn([source[index] for index in indices] if whole is None else whole(indices))
+        batch = getattr(batch, "training_batch", batch)  # stored outputs of a teacher may lie beside it
         inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
         if isinstance(inputs, Tensor) and inputs.dim() > 0:
             return inputs

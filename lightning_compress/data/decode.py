@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lightning_compress.core.errors import ConfigurationError
-from lightning_compress.data.progress import slow
+from lightning_compress.core.progress import slow
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
 SPLITS = ("train", "val", "test")

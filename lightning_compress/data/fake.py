@@ -9,8 +9,8 @@ import torch
 from torchvision.datasets import FakeData
 
 from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.progress import slow
 from lightning_compress.data.module import ImageDataModule, Images, Splits
-from lightning_compress.data.progress import slow
 from lightning_compress.data.tensors import Normalize
 
 

@@ -12,9 +12,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.progress import slow
 from lightning_compress.data import DigitsDataModule, FakeDataModule, ImageFolderDataModule, MNISTDataModule, Normalize
 from lightning_compress.data.paths import find_data
-from lightning_compress.data.progress import slow
 from lightning_compress.models import ImageClassifier
 
 SHARED = Path(os.environ.get("LIGHTNING_COMPRESS_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
