@@ -1,6 +1,50 @@
 """Distillation: a small student learns from a large teacher."""
 
-from lightning_compress.distillation.losses import DistillationLoss
+from lightning_compress.distillation.adapters import Adapters, Regressor
+from lightning_compress.distillation.losses import (
+    AttentionTransfer,
+    BoundedRegression,
+    ChannelWiseDistillation,
+    ContrastiveRepresentation,
+    DecoupledDistillation,
+    DistillationLoss,
+    FitNetsHints,
+    FlowDistillation,
+    KnowledgeDistillation,
+    LogitsMSE,
+    MultiLabelDistillation,
+    MutualLearning,
+    NoisyTeacher,
+    ProbabilisticTransfer,
+    RegressionDistillation,
+    RelationalDistillation,
+    SelfDistillation,
+    SimilarityPreserving,
+)
 from lightning_compress.distillation.teacher import Answer, Question, Teacher
 
-__all__ = ["Answer", "DistillationLoss", "Question", "Teacher"]
+__all__ = [
+    "Adapters",
+    "Answer",
+    "AttentionTransfer",
+    "BoundedRegression",
+    "ChannelWiseDistillation",
+    "ContrastiveRepresentation",
+    "DecoupledDistillation",
+    "DistillationLoss",
+    "FitNetsHints",
+    "FlowDistillation",
+    "KnowledgeDistillation",
+    "LogitsMSE",
+    "MultiLabelDistillation",
+    "MutualLearning",
+    "NoisyTeacher",
+    "ProbabilisticTransfer",
+    "Question",
+    "RegressionDistillation",
+    "Regressor",
+    "RelationalDistillation",
+    "SelfDistillation",
+    "SimilarityPreserving",
+    "Teacher",
+]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_compress.core.errors import ConfigurationError
 
 Features = Tensor | tuple[Tensor, ...]
 """One tensor, or one tensor a pair of taps."""
@@ -67,3 +71,134 @@ class Adapters(nn.Module):
             ours[0] if isinstance(student, Tensor) else ours,
             theirs[0] if isinstance(teacher, Tensor) else theirs,
         )
+
+
+_POOL: tuple[Callable[..., Tensor], ...] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+_ADAPTIVE: tuple[Callable[..., Tensor], ...] = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+_LINEAR = ("linear", "bilinear", "trilinear")
+_CONV: tuple[Callable[..., nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORM: tuple[Callable[..., nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def resize(features: Tensor, size: Sequence[int]) -> Tensor:
+    """Return maps of another size: averages where they shrink, linear interpolation where they grow.
+
+    Args:
+        features: ``(N, C, L)``, ``(N, C, H, W)`` or ``(N, C, D, H, W)``.
+        size: What comes after the channels.
+
+    Returns:
+        ``(N, C, *size)``; ``features`` itself if that is its size.
+
+    Raises:
+        ConfigurationError: For another number of dimensions.
+
+    >>> resize(torch.tensor([[[1.0, 3.0, 5.0, 7.0]]]), (2,))
+    tensor([[[2., 6.]]])
+    >>> resize(torch.tensor([[[2.0, 6.0]]]), (4,))
+    tensor([[[2., 3., 5., 6.]]])
+    """
+    have, want = tuple(features.shape[2:]), tuple(size)
+    if have == want:
+        return features
+    if len(have) != len(want) or not 1 <= len(have) <= 3:
+        raise ConfigurationError(
+            f"features of shape {tuple(features.shape)} cannot be resized to {want}: one to three dimensions after "
+            "the channels, as many on both sides; pool them in the model, or tap other layers"
+        )
+    if any(new > old for old, new in zip(have, want, strict=True)):
+        return F.interpolate(features, want, mode=_LINEAR[len(have) - 1], align_corners=False)
+    if all(old % new == 0 for old, new in zip(have, want, strict=True)):
+        kernel = [old // new for old, new in zip(have, want, strict=True)]
+        return _POOL[len(have) - 1](features, kernel)  # the adaptive kind has no deterministic gradient on CUDA
+    return _ADAPTIVE[len(have) - 1](features, want)
+
+
+def resize_like(features: Tensor, reference: Tensor, channel_dim: int = 1) -> Tensor:
+    """Return ``features`` in the size of ``reference``, whatever their channels, see :func:`resize`.
+
+    Args:
+        features: ``(N, C, ...)``, or ``(N, ..., C)`` for ``channel_dim`` -1.
+        reference: As many dimensions; only its shape counts.
+        channel_dim: 1, or -1 for tokens ``(N, L, C)`` and channels-last maps.
+
+    Raises:
+        ConfigurationError: If they cannot be resized.
+
+    >>> resize_like(torch.zeros(2, 49, 8), torch.zeros(2, 196, 16), channel_dim=-1).shape
+    torch.Size([2, 196, 8])
+    """
+    size = reference.movedim(channel_dim, 1).shape[2:]
+    return resize(features.movedim(channel_dim, 1), size).movedim(1, channel_dim)
+
+
+class Regressor(nn.Module):
+    """Maps a student's channels to a teacher's, for hints (Romero et al. 2015, FitNets, arXiv 1412.6550).
+
+    A linear layer for ``(N, C)``, a convolution for everything else. The default, of size 1, leaves the spatial size
+    to :func:`resize_like`, so that inputs of changing size work; ``valid`` is the paper's: a kernel just large enough
+    that the student's maps come out in the teacher's size.
+
+    Args:
+        student: Shape of the student's feature, batch first.
+        teacher: Shape of the teacher's.
+        channel_dim: 1, or -1 for tokens ``(N, L, C)`` and channels-last maps.
+        kernel: ``pointwise`` or ``valid``.
+        batch_norm: Normalize the result; in training mode this needs more than one value a channel.
+
+    Raises:
+        ConfigurationError: For shapes with another number of dimensions, or ``valid`` with a student that is smaller.
+
+    >>> Regressor((2, 8, 6, 6), (2, 16, 4, 4), kernel="valid")(torch.zeros(2, 8, 6, 6)).shape
+    torch.Size([2, 16, 4, 4])
+    >>> Regressor((2, 49, 8), (2, 196, 16), channel_dim=-1)(torch.zeros(2, 49, 8)).shape
+    torch.Size([2, 49, 16])
+    """
+
+    def __init__(
+        self,
+        student: Sequence[int],
+        teacher: Sequence[int],
+        channel_dim: int = 1,
+        kernel: Literal["pointwise", "valid"] = "pointwise",
+        batch_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        ours, theirs = (_channels_first(shape, channel_dim) for shape in (student, teacher))
+        check_dimensions(student, teacher, "`Regressor`")
+        spatial = len(ours) - 2
+        size = [1] * spatial
+        if kernel == "valid":
+            size = [one - other + 1 for one, other in zip(ours[2:], theirs[2:], strict=True)]
+            if min(size, default=1) < 1:
+                raise ConfigurationError(
+                    f"`kernel` 'valid' makes maps smaller, but the student gives {tuple(student)} and the teacher "
+                    f"{tuple(teacher)}; use kernel='pointwise', which resizes"
+                )
+        options = {"kernel_size": size} if spatial else {}
+        self.channel_dim = channel_dim
+        self.project = _CONV[spatial](ours[1], theirs[1], bias=not batch_norm, **options)
+        self.norm = _NORM[spatial](theirs[1]) if batch_norm else nn.Identity()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return features with the teacher's channels."""
+        return self.norm(self.project(features.movedim(self.channel_dim, 1))).movedim(1, self.channel_dim)
+
+
+def check_dimensions(student: Sequence[int], teacher: Sequence[int], where: str, least: int = 2) -> None:
+    """Refuse features that differ in kind: another number of dimensions, or one that is not ``least`` to 5.
+
+    Raises:
+        ConfigurationError: With the shapes.
+    """
+    if len(student) != len(teacher) or not least <= len(student) <= 5:
+        raise ConfigurationError(
+            f"{where}: the student gives {tuple(student)} and the teacher {tuple(teacher)}; they need {least} to 5 "
+            "dimensions, as many on both sides; tap layers of the same kind"
+        )
+
+
+def _channels_first(shape: Sequence[int], channel_dim: int) -> list[int]:
+    first = list(shape)
+    first.insert(1, first.pop(channel_dim))
+    return first

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.errors import ConfigurationError
-from lightning_compress.distillation.adapters import Adapters, Features, seeded_layers
+from lightning_compress.distillation.adapters import Adapters, Features, as_tuple, seeded_layers
 
 Pair = tuple[nn.Module | None, nn.Module | None]
 """What one pair of features needs: a module for the student's side, one for the teacher's; ``None`` for neither."""
@@ -29,6 +29,7 @@ class DistillationLoss(nn.Module, ABC):
     - ``name``: the loss's word in logs and configs.
     - ``on``: ``"output"`` compares what the two models return, ``"features"`` what taps inside them see.
     - ``uses_teacher``: ``False`` if the students teach themselves or each other; ``teacher`` is then not looked at.
+    - ``least_pairs``, ``most_pairs``: how many pairs it takes; no bound if ``most_pairs`` is ``None``.
     - ``seed``: adapters depend on it and on the shapes only; global random states are not touched.
 
     Weights and their schedules are the wrapper's. Several pairs are summed, as the papers do. Nothing flows back into
@@ -39,6 +40,8 @@ class DistillationLoss(nn.Module, ABC):
     name: ClassVar[str]
     on: Literal["output", "features"] = "output"
     uses_teacher: ClassVar[bool] = True
+    least_pairs: ClassVar[int] = 1
+    most_pairs: ClassVar[int | None] = None
     seed: int = 0
 
     @abstractmethod
@@ -63,8 +66,16 @@ class DistillationLoss(nn.Module, ABC):
             A module to call as ``adapter(student, teacher)``, which returns both sides; or ``None``.
 
         Raises:
-            ConfigurationError: If the numbers of pairs differ, or shapes cannot be matched; names pair and shapes.
+            ConfigurationError: If the numbers of pairs differ or do not suit the loss, or shapes cannot be matched;
+                names pair and shapes.
         """
+        number = len(student_shape)
+        if number < self.least_pairs or (self.most_pairs is not None and number > self.most_pairs):
+            bound = f"{self.least_pairs} or more" if self.most_pairs is None else f"at most {self.most_pairs}"
+            raise ConfigurationError(
+                f"`{self.name}` takes {bound} tensors of the student, but `pairs` name {number}; name other layers, or "
+                "use one loss a pair"
+            )
         if len(student_shape) != len(teacher_shape) and self.uses_teacher:
             raise ConfigurationError(
                 f"`{self.name}` compares features in pairs, but the student gives {len(student_shape)} and the teacher "
@@ -98,3 +109,31 @@ class DistillationLoss(nn.Module, ABC):
                 "the batch dimension"
             )
         return None, None
+
+    def over_pairs(self, function: Callable[[Tensor, Tensor], Tensor], student: Features, teacher: Features) -> Tensor:
+        """Return the sum of ``function(student, teacher)`` over the pairs.
+
+        Raises:
+            ConfigurationError: If there are none, or not as many on both sides.
+        """
+        ours, theirs = as_tuple(student), as_tuple(teacher)
+        if not ours or len(ours) != len(theirs):
+            raise ConfigurationError(
+                f"`{self.name}` compares pairs; the student gave {len(ours)} tensors and the teacher {len(theirs)}; "
+                "give one or more, as many on each side"
+            )
+        return torch.stack([function(one, other) for one, other in zip(ours, theirs, strict=True)]).sum()
+
+
+def check_maps(student: torch.Size, teacher: torch.Size, where: str, resize: bool = True) -> None:
+    """Refuse shapes ``(N, C, ...)`` with other channels, or of another size if that cannot be resized.
+
+    Raises:
+        ConfigurationError: With the shapes.
+    """
+    resizable = resize and len(student) == len(teacher) > 3 and student[1] == teacher[1]
+    if student[1:] != teacher[1:] and not resizable:
+        raise ConfigurationError(
+            f"{where}: the student gives {tuple(student)} and the teacher {tuple(teacher)}; they must agree after the "
+            f"batch dimension{', but for the height and width of maps' if resize else ''}"
+        )
