@@ -65,7 +65,7 @@ def candidates(name: str, macs: float = MACS, image: int = 224) -> dict[str, nn.
     model, example = build().eval(), torch.zeros(1, 3, image, image)
     found = {"dense": model, THEIRS: prune_theirs(model, example, head, macs)}
     for label, round_to in (("ours", 1), ("ours, multiples of 16", 16)):
-        method = StructuredPruning(macs=macs, scope="layer", round_to=round_to)
+        method = StructuredPruning(macs=macs, ranking={"scope": "layer"}, limits={"round_to": round_to})
         found[label] = compress(model, method, example_inputs=example)
     return found
 

@@ -132,6 +132,14 @@ def test_slice_keeps_requires_grad_dtype_and_buffers_as_buffers() -> None:
     assert net(torch.ones(2, 3, 4, 4, dtype=torch.float64)).shape == (2, 2, 2, 2)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_slice_keeps_the_memory_layout(layout: torch.memory_format) -> None:
+    net = nn.Sequential(nn.Conv2d(4, 6, 3)).to(memory_format=layout)
+    apply(net, Edit("slice", "0", config={"tensors": {"weight": {"0": [0, 2, 5], "1": [1, 3]}}}))
+    assert net[0].weight.shape == (3, 2, 3, 3)
+    assert net[0].weight.is_contiguous(memory_format=layout)
+
+
 def test_slice_two_dimensions_at_once() -> None:
     net = mlp()
     weight = net[0].weight.detach().clone()

@@ -121,7 +121,7 @@ def test_sliced_equals_masked_and_meets_the_goal(name: str, tmp_path: Path) -> N
     build, example, macs = {**FAST, **SLOW}[name]
     net, inputs = lively(build()), noise(example)
     original = copy.deepcopy(net.state_dict())
-    callback = StructuredPruning(macs=macs, floor=0.05)
+    callback = StructuredPruning(macs=macs, limits={"floor": 0.05})
     sliced = lc.compress(net, callback, example_inputs=example)
 
     assert all(torch.equal(value, original[key]) for key, value in net.state_dict().items())
@@ -208,7 +208,8 @@ def test_reload_needs_no_torch_pruning(tmp_path: Path) -> None:
 def test_rounding_select_and_scope() -> None:
     torch.manual_seed(0)
     net = torchvision.models.resnet18(num_classes=10)
-    callback = StructuredPruning(macs=0.5, round_to=16, scope="layer", select=lc.Select(exclude=("layer4",)))
+    select = lc.Select(exclude=("layer4",))
+    callback = StructuredPruning(macs=0.5, limits={"round_to": 16}, ranking={"scope": "layer"}, select=select)
     with pytest.raises(lc.ConfigurationError, match=r"asks for 0.2 of the macs"):
         lc.compress(net, StructuredPruning(macs=0.2, select=lc.Select(include=("layer1",))), example_inputs=LARGER)
     cut = lc.compress(net, callback, example_inputs=LARGER)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import ceil
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.pruning.structured.groups import ChannelGroup, Cuts, Layers
+from lightning_compress.pruning.structured.limits import Limit
 
 GOALS = ("channels", "macs", "parameters")
-SCOPES = ("global", "layer")
 
 
 @dataclass(frozen=True)
@@ -85,53 +84,25 @@ def _portion(layer: nn.Module, name: str) -> float:
     return weights[name] / sum(weights.values()) if name in weights else 0.0
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How far a group may be cut.
-
-    Args:
-        floor: Least share of each group's channels that stays; at least one channel does.
-        round_to: What is kept is a multiple of this, where a group is wide enough; groups that lose none stay as
-            they are.
-    """
-
-    floor: float = 0.1
-    round_to: int = 1
-
-    def kept(self, channels: int, removed: int) -> int:
-        """Return how many of ``channels`` stay when ``removed`` should go.
-
-        >>> Limits(0.1, 8).kept(64, 13), Limits(0.5).kept(10, 9), Limits().kept(4, 0)
-        (48, 5, 4)
-        """
-        if removed <= 0:
-            return channels
-        least = max(1, ceil(self.floor * channels - 1e-9))
-        kept = max(channels - removed, least)
-        step = self.round_to
-        if step > 1:
-            kept = max(step, (2 * kept + step) // (2 * step) * step)
-            kept += step if kept < least else 0
-        return min(channels, kept)
-
-
 def choose_cuts(
     scores: Mapping[str, Tensor],
     target: float,
     costs: Costs,
     scope: str = "global",
-    limits: Limits | None = None,
+    limits: Mapping[str, Limit] | None = None,
     gone: Cuts | None = None,
+    progress: float = 1.0,
 ) -> dict[str, list[int]]:
     """Return the channels with the lowest scores, as few as make the cost fall to ``target``.
 
     Args:
-        scores: For each group a number per channel, comparable between groups for scope ``"global"``.
+        scores: For each group a number per channel, comparable between groups unless the scope is ``"layer"``.
         target: Share of the cost that may be left, 0 to 1.
         costs: What the model costs.
-        scope: ``"global"`` ranks all channels together, ``"layer"`` cuts the same share of every group.
-        limits: How far a group may be cut.
+        scope: ``"layer"`` cuts the same share of every group, anything else ranks all channels together.
+        limits: How far each group may be cut.
         gone: Channels that have been cut already and do not come back, by group.
+        progress: How much of a limit's own amount is due, 0 to 1.
 
     Returns:
         Channels to remove, in order, by group. The target is met, never exceeded.
@@ -143,38 +114,75 @@ def choose_cuts(
     >>> choose_cuts({"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([4.0, 2.0])}, 0.75, costs)
     {'a': [1]}
     """
-    limits = Limits() if limits is None else limits
-    names, before = list(scores), {name: list((gone or {}).get(name, ())) for name in scores}
-    scores = {name: values.index_fill(0, torch.tensor(before[name]).long(), -1) for name, values in scores.items()}
-    ranks = {name: torch.sort(values, stable=True).indices for name, values in scores.items()}
-    order = _removal_order(scores, ranks, scope)
-    sizes = torch.tensor([len(scores[name]) for name in names])
+    widths = choose_widths(scores, target, costs, scope, limits, gone, progress)
+    return lowest(scores, widths, gone)
+
+
+def choose_widths(
+    scores: Mapping[str, Tensor],
+    target: float,
+    costs: Costs,
+    scope: str = "global",
+    limits: Mapping[str, Limit] | None = None,
+    gone: Cuts | None = None,
+    progress: float = 1.0,
+) -> dict[str, int]:
+    """Return how many channels each group keeps, for the same arguments as :func:`choose_cuts`."""
+    limit = {name: (limits or {}).get(name, Limit()) for name in scores}
+    sizes = {name: len(values) for name, values in scores.items()}
+    most = {name: size - len((gone or {}).get(name, ())) for name, size in sizes.items()}
+    own = {
+        name: limit[name].kept(sizes[name], round(amount * progress * sizes[name]))
+        for name in scores
+        if (amount := limit[name].amount) is not None
+    }
+    free = [name for name in scores if name not in own]
+    order = _removal_order({name: _fallen(scores[name], gone, name) for name in free}, scope)
 
     def kept(count: int) -> dict[str, int]:
-        removed = torch.bincount(order[:count], minlength=len(names))
-        pairs = zip(names, sizes.tolist(), removed.tolist(), strict=True)
-        return {name: min(limits.kept(size, cut), size - len(before[name])) for name, size, cut in pairs}
+        removed = torch.bincount(order[:count], minlength=len(free)).tolist()
+        found = own | {name: limit[name].kept(sizes[name], cut) for name, cut in zip(free, removed, strict=True)}
+        return {name: min(found[name], most[name]) for name in scores}
 
     low, high = 0, len(order)
     least = costs.share(kept(high))
     if least > target + 1e-9:
         raise ConfigurationError(
-            f"the goal leaves {target:.4g} of the cost, but at least {least:.4g} stays with what can be cut and with "
-            f"{limits}; lower `floor` or `round_to`, or ask for less"
+            f"the goal leaves {target:.4g} of the cost, but at least {least:.4g} stays with what can be cut and the "
+            "limits; lower `floor` or `round_to`, or ask for less"
         )
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if costs.share(kept(middle)) <= target + 1e-9 else (middle + 1, high)
-    found = kept(low)
-    cuts = {name: sorted(ranks[name][: len(ranks[name]) - found[name]].tolist()) for name in names}
+    return kept(low)
+
+
+def lowest(scores: Mapping[str, Tensor], widths: Mapping[str, int], gone: Cuts | None = None) -> dict[str, list[int]]:
+    """Return the channels with the lowest scores, all but so many of each group; those that are gone come first.
+
+    >>> lowest({"a": torch.tensor([2.0, 1.0, 3.0])}, {"a": 1}, gone={"a": [2]})
+    {'a': [1, 2]}
+    """
+    cuts = {}
+    for name, values in scores.items():
+        order = torch.sort(_fallen(values, gone, name), stable=True).indices
+        cuts[name] = sorted(order[: max(0, len(values) - widths[name])].tolist())
     return {name: channels for name, channels in cuts.items() if channels}
 
 
-def _removal_order(scores: Mapping[str, Tensor], ranks: Mapping[str, Tensor], scope: str) -> Tensor:
+def _fallen(values: Tensor, gone: Cuts | None, name: str) -> Tensor:
+    """Return the scores with those of channels that are gone below all others."""
+    index = torch.tensor(list((gone or {}).get(name, ()))).long()
+    return values.index_fill(0, index, -1)
+
+
+def _removal_order(scores: Mapping[str, Tensor], scope: str) -> Tensor:
     """Return the number of the group that loses a channel, step by step."""
+    if not scores:
+        return torch.zeros(0, dtype=torch.long)
     if scope == "layer":
         keys = [(torch.arange(len(values), dtype=torch.float64) + 0.5) / len(values) for values in scores.values()]
     else:
-        keys = [values[ranks[name]].to(torch.float64) for name, values in scores.items()]
+        keys = [torch.sort(values.to(torch.float64), stable=True).values for values in scores.values()]
     owners = torch.cat([torch.full((len(values),), index) for index, values in enumerate(scores.values())])
     return owners[torch.sort(torch.cat(keys), stable=True).indices]

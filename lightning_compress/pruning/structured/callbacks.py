@@ -20,9 +20,14 @@ from lightning_compress.core.plan import PlanRow
 from lightning_compress.core.run import Layers
 from lightning_compress.core.schedule import Schedule
 from lightning_compress.core.select import Select, Selection
-from lightning_compress.pruning.structured.budget import GOALS, SCOPES, Costs, Limits, choose_cuts, costs_of
+from lightning_compress.pruning.structured.budget import Costs, choose_cuts, choose_widths, costs_of, lowest
+from lightning_compress.pruning.structured.goal import check_reachable, resolve_goal
 from lightning_compress.pruning.structured.groups import ChannelGroup, parameter_in, slice_edits, zero_channels
-from lightning_compress.pruning.structured.importance import channel_importance
+from lightning_compress.pruning.structured.importance import has_scales
+from lightning_compress.pruning.structured.latency import LatencyGoal, as_goal
+from lightning_compress.pruning.structured.latency_search import LatencySearch
+from lightning_compress.pruning.structured.limits import Limit, Limits, as_limits
+from lightning_compress.pruning.structured.ranking import Ranking, as_ranking
 from lightning_compress.pruning.structured.roles import CUTTABLE
 from lightning_compress.pruning.structured.trace import coupled_groups
 
@@ -39,22 +44,27 @@ class StructuredPruning(CompressionCallback):
     What cannot be cut is named in the plan with the reason: outputs of the model, frozen or tied tensors, attention
     and whatever LayerNorm mixes, shortcuts that pad channels, layers coupled to one that is not selected.
 
-    Linear, convolution, LSTM (one layer, one direction) and embedding layers are cut, with the norms that follow them.
-    A single share of channels p leaves about :math:`(1-p)^2` of parameters and operations; ``macs`` and
-    ``parameters`` are searched for and met. Needs Torch-Pruning (``lightning-compress[structured]``) to find groups.
+    Linear, convolution, recurrent and embedding layers are cut, with the norms that follow them, and whole heads of
+    ``nn.MultiheadAttention``. A single share of channels p leaves about :math:`(1-p)^2` of parameters and operations;
+    ``macs`` and ``parameters`` are searched for and met, and ``latency`` is measured on this machine. Needs
+    Torch-Pruning (``lightning-compress[structured]``) to find groups.
 
     Runs on: any device, ``ddp``; refuses sharded strategies. Put it after ``WeightAveraging`` or
     ``StochasticWeightAveraging`` in the Trainer's list.
 
     Args:
-        schedule: When, and how large a share of channels goes; a number is the final share. With ``macs`` or
-            ``parameters`` it says when only, and its ``final`` becomes what the goal takes away.
+        schedule: When, and how large a share of channels goes; a number is the final share. With another goal it says
+            when only, and its ``final`` becomes what the goal takes away (1 for ``latency``).
         macs: Share of multiply-accumulate operations that remains, between 0 and 1.
         parameters: Share of parameters that remains, between 0 and 1.
+        latency: Share of the time of a forward pass that remains, or a :class:`LatencyGoal` such as
+            ``{"ms": 5.0, "batch": 1}``. Widths are searched for at the first update by measuring, once: they are part
+            of the checkpoint. Multiples of 8 and 16 channels are used where they are faster.
         select: Layers whose output channels may go; default all that can be cut.
-        scope: ``"global"`` ranks all channels together, ``"layer"`` takes the same share of every group.
-        round_to: Keep multiples of so many channels, which fast kernels like (8 or 16), where layers are wide enough.
-        floor: Least share of each group's channels that stays; at least one always does.
+        ranking: Which channels go first: a word such as ``"l2"``, ``"taylor"`` or ``"fpgm"``, or a :class:`Ranking`,
+            which also says how groups are compared (``scope``).
+        limits: How far each group may be cut: a :class:`Limits` or a mapping such as ``{"floor": 0.25, "round_to": 8}``
+            with ``rules`` for single layers.
         name: Tells two of these callbacks apart.
 
     Raises:
@@ -77,48 +87,49 @@ class StructuredPruning(CompressionCallback):
         schedule: Schedule | float | None = None,
         macs: float | None = None,
         parameters: float | None = None,
+        latency: LatencyGoal | float | Mapping[str, Any] | None = None,
         select: Select | None = None,
-        scope: str = "global",
-        round_to: int = 1,
-        floor: float = 0.1,
+        ranking: Ranking | str | Mapping[str, Any] = "l2",
+        limits: Limits | Mapping[str, Any] | None = None,
         name: str | None = None,
     ) -> None:
-        self.goal, schedule = _goal(schedule, macs, parameters)
+        self.goal, schedule = resolve_goal(schedule, {"macs": macs, "parameters": parameters, "latency": latency})
         super().__init__(schedule, Select() if select is None else select, name)
-        if scope not in SCOPES:
-            raise ConfigurationError(f"`scope` is {scope!r}: {did_you_mean(str(scope), SCOPES)}")
-        if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-            raise ConfigurationError(f"`round_to` must be an int >= 1, got {round_to!r}")
-        if isinstance(floor, bool) or not isinstance(floor, int | float) or not 0 <= floor < 1:
-            raise ConfigurationError(f"`floor` must be a number from 0 to below 1, got {floor!r}")
+        self.macs, self.parameters = macs, parameters
+        self.latency = None if latency is None else as_goal(latency)
+        self.ranking, self.limits = as_ranking(ranking), as_limits(limits)
         if self.schedule.initial > self.schedule.final:
             raise ConfigurationError(
                 f"`initial` ({self.schedule.initial:g}) is above the final amount ({self.schedule.final:g}): "
                 "channels that are gone do not come back"
             )
-        self.macs, self.parameters, self.scope = macs, parameters, scope
-        self.round_to, self.floor = round_to, float(floor)
+        self._search = None if self.latency is None else LatencySearch(self.latency)
         self._groups: tuple[ChannelGroup, ...] = ()
+        self._limits: dict[str, Limit] = {}
         self._costs: dict[str, Costs] = {}
         self._cuts: dict[str, list[int]] = {}
+        self._seen: dict[str, Tensor] = {}
 
     def examine(self, root: nn.Module, example_inputs: Any) -> Selection:
-        """Find the groups of the selected layers, and what each channel costs."""
+        """Find the groups of the selected layers, what each channel costs, and how long the model takes."""
         selected = self.choose(root)
         everything = {"": root, **named_layers(root)}
         outside = {p: "not selected" for p, m in everything.items() if isinstance(m, CUTTABLE)}
         outside = {path: why for path, why in outside.items() if path not in selected.layers} | dict(selected.left)
         found = coupled_groups(root, example_inputs, outside)
-        left = {path: f"kept: {why}" for path, why in found.left.items() if why != "not selected"}
-        if not found.groups:
+        groups, unscaled = self._ranked(found.groups, everything)
+        left = {path: f"kept: {why}" for path, why in {**found.left, **unscaled}.items() if why != "not selected"}
+        if not groups:
             raise SelectionError(
                 f"no channels of {type(root).__name__} can be cut: "
                 + "; ".join(f"{path}: {why}" for path, why in list(left.items())[:8])
             )
-        self._groups = found.groups
-        layers = {touch.path: get_layer(root, touch.path) for group in found.groups for touch in group.touches}
+        self._groups, self._limits = groups, self.limits.of(groups, root)
+        layers = {touch.path: get_layer(root, touch.path) for group in groups for touch in group.touches}
         self._costs = self._count(root, example_inputs, layers)
-        self._check_reachable(left)
+        check_reachable(self._wanted, self._counted, self._least, left)
+        if self._search is not None:
+            self._search.look(root, example_inputs, groups, self._least)
         return Selection({path: layer for path, layer in everything.items() if path in layers}, left)
 
     def plan(self, layers: Layers) -> list[PlanRow]:
@@ -127,15 +138,34 @@ class StructuredPruning(CompressionCallback):
         for group in self._groups:
             others = group.producers[1:]
             coupled = f", with {', '.join(others[:3])}{' ...' if len(others) > 3 else ''}" if others else ""
-            least = Limits(self.floor, self.round_to).kept(group.channels, group.channels)
-            rows.append(PlanRow("select", group.name, f"{group.channels} channels", f"cut to {least} or more{coupled}"))
+            least, limit = self._least[group.name], self._limits[group.name]
+            action = (
+                f"cut to {least} or more" if limit.amount is None else f"cut to {least}" if limit.amount else "keep"
+            )
+            rows.append(PlanRow("select", group.name, f"{group.channels} channels", action + coupled))
+        if self._search is not None:
+            rows.append(PlanRow("latency", "the whole model", "", self._search.describe()))
         return rows
+
+    def observe(self, layers: Layers) -> None:
+        """Add up what gradients say of each channel, if the ranking asks for that, until the last channels are gone."""
+        if not self.at_target:
+            self.ranking.look(self._groups, layers, self._seen)
 
     def update(self, layers: Layers, amount: float) -> None:
         """Choose the channels that go, those that are gone already first, and set them to zero."""
-        scores = {group.name: channel_importance(group, layers) for group in self._groups}
-        costs = self._costs[self.goal]
-        self._cuts = choose_cuts(scores, 1 - amount, costs, self.scope, self._limits, gone=self._cuts)
+        scores = self.ranking.score(self._groups, layers, self._seen)
+        done = amount / self.schedule.final if self.schedule.final else 1.0
+        if self._search is None:
+            costs, scope = self._costs[self.goal], self.ranking.scope
+            self._cuts = choose_cuts(scores, 1 - amount, costs, scope, self._limits, self._cuts, done)
+        else:
+            self._solve(self._search, scores)
+            widths = {
+                g.name: g.channels - round(done * (g.channels - self._search.widths[g.name])) for g in self._groups
+            }
+            self._cuts = lowest(scores, widths, self._cuts)
+        self._seen = {}
         self.enforce(layers)
 
     def enforce(self, layers: Layers) -> None:
@@ -152,22 +182,35 @@ class StructuredPruning(CompressionCallback):
         zero_channels(self._groups, self._cuts, find)
 
     def finalize(self, layers: Layers) -> Iterable[Edit]:
-        """Return the edits that cut the zeroed channels out."""
+        """Return the edits that cut the zeroed channels out; the first says what was measured, if anything was."""
         order = {path: index for index, path in enumerate(layers)}
-        return sorted(slice_edits(self._groups, self._cuts), key=lambda edit: order[edit.path])
+        edits = sorted(slice_edits(self._groups, self._cuts), key=lambda edit: order[edit.path])
+        if self._search is not None and edits:
+            first = edits[0]
+            edits[0] = Edit(first.verb, first.path, first.kind, {**first.config, "measured": self._search.record()})
+        return edits
 
     def metrics(self, layers: Layers) -> dict[str, float]:
-        """Return the shares of ``channels``, ``parameters`` and, if known, ``macs`` that are left after the cut."""
+        """Return the shares of ``channels``, ``parameters`` and, if known, ``macs`` that are left after the cut.
+
+        With a latency goal, ``latency`` is the measured share at the widths that the schedule leads to.
+        """
         kept = {group.name: group.channels - len(self._cuts.get(group.name, ())) for group in self._groups}
-        return {goal: costs.share(kept) for goal, costs in self._costs.items()}
+        shares = {goal: costs.share(kept) for goal, costs in self._costs.items()}
+        return shares if self._search is None else {**shares, "latency": self._search.figures["after_share"]}
 
     def values(self) -> dict[str, Any]:
-        """Return the channels that are gone, by group."""
-        return {name: torch.tensor(channels) for name, channels in self._cuts.items()}
+        """Return the channels that are gone and what gradients said so far, by group, and measured widths."""
+        cuts = {f"cut:{name}": torch.tensor(channels) for name, channels in self._cuts.items()}
+        seen = {f"seen:{name}": scores for name, scores in self._seen.items()}
+        return cuts | seen | (self._search.values() if self._search is not None else {})
 
     def load_values(self, values: Mapping[str, Any]) -> None:
         """Take the channels from a checkpoint."""
-        self._cuts = {name: channels.tolist() for name, channels in values.items()}
+        self._cuts = {key.removeprefix("cut:"): v.tolist() for key, v in values.items() if key.startswith("cut:")}
+        self._seen = {key.removeprefix("seen:"): v for key, v in values.items() if key.startswith("seen:")}
+        if self._search is not None:
+            self._search.load_values(values)
 
     def attach_values(self, layers: Layers) -> None:
         """Check that loaded channels belong to groups that were found."""
@@ -181,11 +224,41 @@ class StructuredPruning(CompressionCallback):
 
     def reset_values(self) -> None:
         """Forget the channels and the groups."""
-        self._groups, self._costs, self._cuts = (), {}, {}
+        self._groups, self._costs, self._cuts, self._limits, self._seen = (), {}, {}, {}, {}
+        self._search = None if self.latency is None else LatencySearch(self.latency)
 
     @property
-    def _limits(self) -> Limits:
-        return Limits(self.floor, self.round_to)
+    def _least(self) -> dict[str, int]:
+        return {group.name: self._limits[group.name].least(group.channels) for group in self._groups}
+
+    @property
+    def _counted(self) -> Costs:
+        """What the goal counts; a latency is searched for along the operations, if they are known."""
+        return self._costs[self.goal] if self._search is None else self._costs.get("macs", self._costs["parameters"])
+
+    @property
+    def _wanted(self) -> tuple[str, float]:
+        return (self.goal, 1 - self.schedule.final) if self._search is None else ("macs", 1.0)
+
+    def _solve(self, search: LatencySearch, scores: Mapping[str, Tensor]) -> None:
+        def widths_at(share: float, step: int) -> dict[str, int]:
+            limits = {
+                name: limit if limit.round_to % step == 0 else replace(limit, round_to=step)
+                for name, limit in self._limits.items()
+            }
+            return choose_widths(scores, share, self._counted, self.ranking.scope, limits, self._cuts)
+
+        search.solve(widths_at, self._counted.share(self._least), self.limits.round_to)
+
+    def _ranked(
+        self, groups: tuple[ChannelGroup, ...], layers: Layers
+    ) -> tuple[tuple[ChannelGroup, ...], dict[str, str]]:
+        """Return the groups that the ranking has a score for, and why the layers of others stay."""
+        if self.ranking.importance != "bn_scale":
+            return groups, {}
+        scaled = tuple(group for group in groups if has_scales(group, layers))
+        why = "no batch norm scales its channels, which 'bn_scale' ranks"
+        return scaled, {path: why for group in groups if group not in scaled for path in group.producers}
 
     def _count(self, root: nn.Module, example_inputs: Any, layers: Layers) -> dict[str, Costs]:
         counted = count_macs(root, example_inputs)
@@ -200,31 +273,3 @@ class StructuredPruning(CompressionCallback):
             for goal, total in totals.items()
             if total
         }
-
-    def _check_reachable(self, left: Mapping[str, str]) -> None:
-        costs = self._costs[self.goal]
-        least = costs.share({group.name: self._limits.kept(group.channels, group.channels) for group in self._groups})
-        wanted = 1 - self.schedule.final
-        if least > wanted + 1e-9:
-            kept = "; ".join(f"{path} ({why.removeprefix('kept: ')})" for path, why in list(left.items())[:4])
-            raise ConfigurationError(
-                f"`{self.goal if self.goal != 'channels' else 'schedule'}` asks for {wanted:.3g} of the {self.goal} to "
-                f"remain, but at least {least:.3g} stay with floor={self.floor:g} and round_to={self.round_to}; lower "
-                f"those or ask for less. What cannot be cut: {kept}"
-            )
-
-
-def _goal(schedule: Schedule | float | None, macs: float | None, parameters: float | None) -> tuple[str, Schedule]:
-    """Return what is counted, and the schedule of the share of it that goes."""
-    given = {name: value for name, value in zip(GOALS[1:], (macs, parameters), strict=True) if value is not None}
-    if len(given) > 1 or (not given and schedule is None) or (given and isinstance(schedule, int | float)):
-        raise ConfigurationError(
-            f"give one of: a number or Schedule as `schedule` (share of channels that goes), `macs` or `parameters` "
-            f"(share that remains); got schedule={schedule!r}, macs={macs!r}, parameters={parameters!r}"
-        )
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-            raise ConfigurationError(f"`{name}` is the share that remains, above 0 and at most 1, got {value!r}")
-        final = 1 - value
-        return name, replace(schedule, final=final) if isinstance(schedule, Schedule) else Schedule(final=final)
-    return "channels", schedule if isinstance(schedule, Schedule) else Schedule(final=schedule or 0.0)

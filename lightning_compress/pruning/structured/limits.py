@@ -1,0 +1,205 @@
+"""How far each group of channels may be cut: a floor, multiples, and exceptions for named layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from math import ceil
+from typing import Any, TypeVar, cast
+
+from torch import nn
+
+from lightning_compress.core.errors import ConfigurationError, SelectionError, did_you_mean
+from lightning_compress.core.select import Select
+from lightning_compress.pruning.structured.groups import ChannelGroup
+
+Kind = TypeVar("Kind")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How far one group may be cut.
+
+    Args:
+        floor: Least share of its channels that stays; at least one channel does.
+        round_to: What is kept is a multiple of this, where the group is wide enough; a group that loses none stays as
+            it is.
+        amount: Share of its channels that goes, whatever the ranking says; ``None`` lets the ranking decide.
+    """
+
+    floor: float = 0.1
+    round_to: int = 1
+    amount: float | None = None
+
+    def kept(self, channels: int, removed: int) -> int:
+        """Return how many of ``channels`` stay when ``removed`` should go.
+
+        >>> Limit(0.1, 8).kept(64, 13), Limit(0.5).kept(10, 9), Limit().kept(4, 0)
+        (48, 5, 4)
+        """
+        if removed <= 0:
+            return channels
+        least = max(1, ceil(self.floor * channels - 1e-9))
+        kept = max(channels - removed, least)
+        step = self.round_to
+        if step > 1:
+            kept = max(step, (2 * kept + step) // (2 * step) * step)
+            kept += step if kept < least else 0
+        return min(channels, kept)
+
+    def least(self, channels: int) -> int:
+        """Return how many of ``channels`` stay when as many as possible go.
+
+        >>> Limit(0.1).least(30), Limit(amount=0.25).least(8)
+        (3, 6)
+        """
+        wanted = channels if self.amount is None else round(self.amount * channels)
+        return self.kept(channels, wanted)
+
+
+@dataclass(frozen=True)
+class ChannelRule:
+    """An exception for the groups of some layers; what is ``None`` stays as it is for all.
+
+    Args:
+        include: Patterns as in :class:`~lightning_compress.Select`; one layer of a group is enough.
+        amount: Share of the channels that goes, 0 (keep all) to below 1; it follows the schedule's progress.
+        floor: Least share that stays, 0 to below 1.
+        round_to: Keep multiples of so many channels.
+        exclude: Patterns that must not match.
+
+    Raises:
+        ConfigurationError: For a value outside its range, or a rule that says nothing.
+
+    >>> ChannelRule("layer4", floor=0.5).include
+    ('layer4',)
+    """
+
+    include: tuple[str, ...]
+    amount: float | None = None
+    floor: float | None = None
+    round_to: int | None = None
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.amount is None and self.floor is None and self.round_to is None:
+            raise ConfigurationError("a channel rule must give at least one of `amount`, `floor` and `round_to`")
+        _check_share("amount", self.amount)
+        _check_share("floor", self.floor)
+        _check_step(self.round_to)
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, getattr(self.select, name))
+
+    @property
+    def select(self) -> Select:
+        """The rule's patterns as a selection."""
+        return Select(include=self.include, exclude=self.exclude)
+
+    def refine(self, limit: Limit) -> Limit:
+        """Return a limit with what this rule says in place.
+
+        >>> ChannelRule("fc", round_to=8).refine(Limit(0.2))
+        Limit(floor=0.2, round_to=8, amount=None)
+        """
+        given = {name: getattr(self, name) for name in ("floor", "round_to", "amount")}
+        return Limit(**{name: getattr(limit, name) if value is None else value for name, value in given.items()})
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far the groups of a model may be cut.
+
+    Args:
+        floor: Least share of each group's channels that stays, 0 to below 1; at least one channel always does.
+        round_to: Keep multiples of so many channels, which fast kernels like (8 or 16), where layers are wide enough.
+        rules: Exceptions by name: a :class:`ChannelRule`, or a mapping of its arguments; the last that matches wins.
+
+    Raises:
+        ConfigurationError: For a value outside its range, or something that is not a rule; names it.
+
+    >>> Limits(round_to=8, rules={"stem": {"include": "conv1", "amount": 0.0}}).rules["stem"].amount
+    0.0
+    """
+
+    floor: float = 0.1
+    round_to: int = 1
+    rules: Mapping[str, ChannelRule] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.floor is None or self.round_to is None:
+            raise ConfigurationError("`floor` and `round_to` must be numbers, got None")
+        _check_share("floor", self.floor)
+        _check_step(self.round_to)
+        if self.rules is not None and not isinstance(self.rules, Mapping):
+            raise ConfigurationError(f"`rules` must be a mapping of names to channel rules, got {self.rules!r}")
+        built = {str(name): _rule(str(name), rule) for name, rule in (self.rules or {}).items()}
+        object.__setattr__(self, "rules", built)
+
+    def of(self, groups: tuple[ChannelGroup, ...], model: nn.Module) -> dict[str, Limit]:
+        """Return the limit of each group.
+
+        Raises:
+            SelectionError: If a rule matches no layer, or only layers whose channels cannot be cut.
+        """
+        found = {group.name: Limit(self.floor, self.round_to) for group in groups}
+        for name, rule in self.rules.items():
+            try:
+                matched = rule.select.resolve(model).layers
+            except SelectionError as error:
+                raise SelectionError(f"rule {name!r} of `limits`: {error}") from error
+            mine = [group.name for group in groups if any(path in matched for path in group.producers)]
+            if not mine and rule.amount != 0:
+                raise SelectionError(
+                    f"rule {name!r} of `limits` matches {', '.join(list(matched)[:4])}, whose channels cannot be cut; "
+                    f"what can be cut: {', '.join(found) or 'nothing'}"
+                )
+            found |= {group: rule.refine(Limit(self.floor, self.round_to)) for group in mine}
+        return found
+
+
+def as_limits(limits: Limits | Mapping[str, Any] | None) -> Limits:
+    """Return limits, built from a plain mapping where a config gave one.
+
+    Raises:
+        ConfigurationError: If it is neither, or has an unknown key.
+
+    >>> as_limits({"round_to": 16})
+    Limits(floor=0.1, round_to=16, rules={})
+    """
+    return from_mapping(Limits, limits, "limits")
+
+
+def from_mapping(kind: type[Kind], value: Kind | Mapping[str, Any] | None, name: str) -> Kind:
+    """Return ``value`` if it is of the kind, the kind's default for ``None``, else one built from a mapping."""
+    if value is None:
+        return kind()
+    if isinstance(value, kind):
+        return value
+    known = [item.name for item in fields(cast(Any, kind))]
+    if not isinstance(value, Mapping):
+        raise ConfigurationError(
+            f"`{name}` must be a {kind.__name__} or a mapping with {', '.join(known)}; got {value!r}"
+        )
+    for key in value:
+        if key not in known:
+            raise ConfigurationError(f"`{name}` has no key {key!r}: {did_you_mean(str(key), known)}")
+    return kind(**value)
+
+
+def _rule(name: str, rule: ChannelRule | Mapping[str, Any]) -> ChannelRule:
+    if rule is None or (isinstance(rule, Mapping) and "include" not in rule):
+        raise ConfigurationError(f"rule {name!r} of `limits` lacks `include`, the patterns of its layers")
+    try:
+        return from_mapping(ChannelRule, rule, f"rules.{name}")
+    except ConfigurationError as error:
+        raise ConfigurationError(f"rule {name!r} of `limits`: {error}") from error
+
+
+def _check_share(name: str, value: object) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1):
+        raise ConfigurationError(f"`{name}` must be a number from 0 to below 1, got {value!r}")
+
+
+def _check_step(value: object) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ConfigurationError(f"`round_to` must be an int >= 1, got {value!r}")

@@ -1,0 +1,86 @@
+"""Which channels go first: what makes them matter, and how groups are compared with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_compress.core.errors import ConfigurationError, did_you_mean
+from lightning_compress.pruning.structured.groups import ChannelGroup, Layers
+from lightning_compress.pruning.structured.importance import KINDS, by_mean, channel_scores, lamp
+from lightning_compress.pruning.structured.limits import from_mapping
+
+SCOPES = ("global", "layer", "lamp", "global_raw")
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What makes a channel matter, and how channels of different groups are compared.
+
+    Args:
+        importance: A word of :data:`~lightning_compress.pruning.structured.importance.KINDS`: ``"l2"``, ``"l1"``,
+            ``"taylor"`` (gradients seen in ``fit``), ``"fpgm"``, ``"bn_scale"`` or ``"random"``.
+        scope: ``"global"`` ranks all channels together, each group divided by its mean; ``"lamp"`` divides by what is
+            left of a group instead (:func:`~lightning_compress.pruning.structured.importance.lamp`); ``"global_raw"``
+            does not divide, for scores that mean the same everywhere (``"taylor"``, ``"bn_scale"``); ``"layer"`` takes
+            the same share of every group.
+
+    Raises:
+        ConfigurationError: For an unknown word; names the nearest.
+
+    >>> Ranking("taylor", scope="global_raw").importance
+    'taylor'
+    """
+
+    importance: str = "l2"
+    scope: str = "global"
+
+    def __post_init__(self) -> None:
+        if self.importance not in KINDS:
+            raise ConfigurationError(
+                f"`importance` is {self.importance!r}: {did_you_mean(str(self.importance), KINDS)}"
+            )
+        if self.scope not in SCOPES:
+            raise ConfigurationError(f"`scope` is {self.scope!r}: {did_you_mean(str(self.scope), SCOPES)}")
+
+    def score(self, groups: Sequence[ChannelGroup], layers: Layers, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a number per channel and group; small ones go first.
+
+        Args:
+            groups: The groups.
+            layers: Modules by path.
+            seen: What :meth:`look` has added up; where a group is missing, its gradients must be there.
+        """
+        raw = {
+            group.name: seen[group.name] if group.name in seen else channel_scores(group, layers, self.importance)
+            for group in groups
+        }
+        compare = {"lamp": lamp, "global_raw": lambda scores: scores}.get(self.scope, by_mean)
+        return {name: compare(scores) for name, scores in raw.items()}
+
+    def look(self, groups: Sequence[ChannelGroup], layers: Layers, seen: dict[str, Tensor]) -> None:
+        """Add the scores of the gradients that are there now, if the importance needs gradients."""
+        if self.importance != "taylor":
+            return
+        for group in groups:
+            if _has_gradients(group, layers):
+                scores = channel_scores(group, layers, "taylor")
+                seen[group.name] = seen[group.name] + scores if group.name in seen else scores
+
+
+def _has_gradients(group: ChannelGroup, layers: Layers) -> bool:
+    tensors = [getattr(layers[touch.path], name) for touch in group.touches for name, _ in touch.tensors]
+    return all(t.grad is not None for t in tensors if isinstance(t, torch.nn.Parameter))
+
+
+def as_ranking(ranking: Ranking | str | Mapping[str, Any] | None) -> Ranking:
+    """Return a ranking, built from a word for its importance or a plain mapping where those were given.
+
+    >>> as_ranking("fpgm"), as_ranking({"scope": "layer"})
+    (Ranking(importance='fpgm', scope='global'), Ranking(importance='l2', scope='layer'))
+    """
+    return Ranking(ranking) if isinstance(ranking, str) else from_mapping(Ranking, ranking, "ranking")
