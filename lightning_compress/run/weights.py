@@ -27,8 +27,8 @@ def load_pretrained(module: nn.Module, path: str | None) -> None:
 
     Args:
         module: As for :func:`load_weights`.
-        path: As for :func:`load_weights`, or a path below ``$LIGHTNING_COMPRESS_DATA`` and the other usual places; ``None`` for
-            none.
+        path: As for :func:`load_weights`, or a path below ``$LIGHTNING_COMPRESS_DATA`` and the other usual places;
+            ``None`` for none.
 
     Raises:
         ConfigurationError: As :func:`load_weights` does; if the file is nowhere, with the places looked at.
