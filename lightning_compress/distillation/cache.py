@@ -4,7 +4,7 @@ A cache is a folder of three files: ``outputs.npy`` (samples, ...), ``checksums.
 ``cache.json`` with what they belong to and how many rows are done. With a data set and loader of your own::
 
     cache = cache_teacher(teacher, loader, "teacher_cache")  # the second time it is only opened and checked
-    trainer.fit(DistillationModule(student, teacher, ...), cached_loader(loader, cache))
+    trainer.fit(DistillationModule(student, cache, ...), cached_loader(loader, cache))
 
 It is right only if a sample number stands for the same inputs in every epoch: no random augmentation. Both functions
 read some samples twice and refuse others, and so does every later batch. What changes inputs after the loader
@@ -48,14 +48,23 @@ from lightning_compress.distillation.cache_files import (
     read_facts,
     write_facts,
 )
-from lightning_compress.distillation.cached_data import CachedCollate, ChecksummedDataset, check_loader
+from lightning_compress.distillation.cached_data import (
+    CachedCollate,
+    ChecksummedDataset,
+    check_loader,
+    take_cached,
+)
+from lightning_compress.distillation.teacher import Answer, Question, Teacher
 
 _RECORD_EVERY = 5.0  # seconds
 _PATIENCE = 900.0  # seconds without progress after which a waiting process gives up
 
 
-class TeacherCache:
-    """Stored outputs of a teacher, mapped into memory; it pickles as its path, so that workers map it too.
+class TeacherCache(Teacher):
+    """Stored outputs of a teacher, mapped into memory, as a teacher of its own that never runs.
+
+    It answers for training batches that :func:`cached_loader` made, and for nothing else; it has no features. It
+    pickles as its path, so that workers map the file too.
 
     Args:
         path: The folder that :func:`cache_teacher` wrote.
@@ -67,6 +76,8 @@ class TeacherCache:
     Raises:
         ArtifactError: If the folder holds no cache, or one that is unfinished, damaged or of a newer version.
     """
+
+    has_validation = False
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -89,6 +100,29 @@ class TeacherCache:
         chosen = self.outputs[np.fromiter((int(index) for index in indices), np.int64, len(indices))]
         return torch.from_numpy(chosen.astype(np.float32))
 
+    def split(self, batch: Any) -> tuple[Any, Any]:
+        """Take the stored outputs off a batch."""
+        return take_cached(batch)
+
+    def answer(self, question: Question) -> Answer | None:
+        """Return the stored outputs of a training batch.
+
+        Raises:
+            ConfigurationError: If the batch brings none.
+        """
+        if not question.training:
+            return None
+        if question.extra is None:
+            raise ConfigurationError(
+                "`teacher` is a cache, but the training batches bring no stored outputs; train on "
+                "`cached_loader(loader, cache)`, or on a loader over `CachedDataset(dataset, cache)`"
+            )
+        return Answer(question.extra)
+
+    def fingerprint(self) -> str:
+        """Return the teacher's fingerprint."""
+        return self.facts.teacher
+
     def __reduce__(self) -> tuple[type[TeacherCache], tuple[Path]]:
         return type(self), (self.path,)
 
@@ -108,7 +142,7 @@ def cache_teacher(
     so the folder must be one that all of them see.
 
     Args:
-        teacher: A module, or any function of a batch's inputs, that returns one tensor (batch, ...).
+        teacher: A module, a :class:`Teacher`, or any function of a batch's inputs, that gives one tensor (batch, ...).
         loader: The training loader, over a map-style data set without random augmentation.
         path: Folder of the cache.
         dtype: ``"float16"`` (half the size, three digits) or ``"float32"``.
@@ -153,19 +187,22 @@ def cache_teacher(
 
 
 def teacher_fingerprint(teacher: Any, name: str | None = None) -> str:
-    """Return the SHA-256 of a module's tensors with their names, or ``name`` for anything else.
+    """Return the SHA-256 of a module's tensors with their names, a Teacher's own, or ``name`` for anything else.
 
     Raises:
-        ConfigurationError: If there are no tensors and no name.
+        ConfigurationError: If there is neither.
 
     >>> linear = nn.Linear(2, 1)
     >>> before = teacher_fingerprint(linear); _ = nn.init.ones_(linear.weight)
     >>> before == teacher_fingerprint(linear), teacher_fingerprint(max, "largest")
     (False, 'largest')
     """
+    own = teacher.fingerprint() if isinstance(teacher, Teacher) else ""
+    if own:
+        return f"{name or ''}{own}"
     state = teacher.state_dict() if isinstance(teacher, nn.Module) else {}
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    if not tensors and name is None:
+    if not tensors and not name:
         raise ConfigurationError(
             "`name` is needed for a teacher without tensors of its own, as the cache must notice when it is another "
             "one; give any word that changes with the teacher"

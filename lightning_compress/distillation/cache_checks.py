@@ -15,6 +15,7 @@ from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.isolation import call, device_of, map_tensors, same_randomness
 from lightning_compress.distillation.cache_files import CacheFacts, open_arrays
 from lightning_compress.distillation.cached_data import input_checksum, probe_indices
+from lightning_compress.distillation.teacher import Question, Teacher
 
 TOLERANCE = 0.02
 """Of the largest stored output: what half precision and another device may change, and another teacher exceeds."""
@@ -98,12 +99,18 @@ def storable(rows: Tensor, facts: CacheFacts, count: int) -> np.ndarray[Any, Any
     return stored.numpy()
 
 
-def teacher_forward(teacher: Callable[..., Any], pick: Callable[[Any], Any]) -> Forward:
+def teacher_forward(teacher: Any, pick: Callable[[Any], Any]) -> Forward:
     """Return a function that takes a batch to the teacher's outputs; it raises unless they are one tensor."""
-    device = device_of(teacher)
+    device = device_of(getattr(teacher, "module", teacher))  # a ModuleTeacher runs where its module lies
+
+    def ask(inputs: Any, batch: Any) -> Any:
+        if not isinstance(teacher, Teacher):
+            return call(teacher, inputs)
+        answer = teacher.answer(Question(tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), {}, batch))
+        return None if answer is None else answer.output
 
     def forward(batch: Any) -> Tensor:
-        found = call(teacher, map_tensors(lambda tensor: tensor.to(device), pick(batch)))
+        found = ask(map_tensors(lambda tensor: tensor.to(device), pick(batch)), batch)
         if not isinstance(found, Tensor) or found.dim() == 0:
             raise ConfigurationError(
                 f"`teacher` must return one tensor (batch, ...) to be cached, got {type(found).__name__}; wrap it in a "

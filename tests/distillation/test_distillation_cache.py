@@ -1,5 +1,6 @@
 """Teacher outputs on disk: right rows for right samples, and a refusal whenever they would be wrong."""
 
+import copy
 import json
 import pickle
 import threading
@@ -23,6 +24,7 @@ from lightning_compress.distillation.cached_data import (
     input_checksum,
     take_cached,
 )
+from lightning_compress.distillation.teacher import Answer, Question, Teacher
 
 SAMPLES = 37
 
@@ -45,6 +47,16 @@ class Padded(Dataset):
 
     def __getitem__(self, index):
         return {"tokens": torch.arange(1, 2 + index % 4), "weight": float(index)}
+
+
+class Doubling(Teacher):
+    """A teacher of a user's own."""
+
+    def answer(self, question):
+        return Answer(2 * question.args[0])
+
+    def fingerprint(self):
+        return "doubling"
 
 
 def pad(samples):
@@ -142,6 +154,18 @@ def test_a_data_set_of_ones_own_with_the_default_collate(teacher, loader, tmp_pa
     assert torch.equal(batch.outputs, cache.rows([0, 1, 2]))
     assert torch.equal(batch.training_batch[1], torch.arange(3))
     assert example_from(cached_loader(loader, cache)).shape == (2, 6)  # as other callbacks look at training data
+
+
+def test_a_cache_is_a_teacher_for_batches_that_bring_its_outputs(loader, tmp_path):
+    cache = cache_teacher(Doubling(), loader, tmp_path, "float32")
+    batch, outputs = cache.split(next(iter(cached_loader(loader, cache))))
+    assert torch.equal(cache.answer(Question((), {}, batch, extra=outputs)).output, 2 * batch[0])
+    assert cache.answer(Question((), {}, batch, training=False)) is None
+    assert not cache.has_validation
+    assert cache.fingerprint() == "doubling"
+    assert copy.deepcopy(cache) is cache
+    with pytest.raises(ConfigurationError, match=r"bring no stored outputs; train on `cached_loader\(loader, cache\)`"):
+        cache.answer(Question((), {}, batch))
 
 
 def test_workers_map_the_file_rather_than_copy_it(teacher, loader, tmp_path):
