@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.errors import ConfigurationError, did_you_mean
 
 Features = Tensor | tuple[Tensor, ...]
 """One tensor, or one tensor a pair of taps."""
@@ -91,7 +91,7 @@ def resize(features: Tensor, size: Sequence[int]) -> Tensor:
         ``(N, C, *size)``; ``features`` itself if that is its size.
 
     Raises:
-        ConfigurationError: For another number of dimensions.
+        ConfigurationError: For another number of dimensions, or a size of 0.
 
     >>> resize(torch.tensor([[[1.0, 3.0, 5.0, 7.0]]]), (2,))
     tensor([[[2., 6.]]])
@@ -106,6 +106,8 @@ def resize(features: Tensor, size: Sequence[int]) -> Tensor:
             f"features of shape {tuple(features.shape)} cannot be resized to {want}: one to three dimensions after "
             "the channels, as many on both sides; pool them in the model, or tap other layers"
         )
+    if min(want) < 1 or min(have) < 1:
+        raise ConfigurationError(f"a size must be at least 1 everywhere; cannot resize {have} to {want}")
     if any(new > old for old, new in zip(have, want, strict=True)):
         return F.interpolate(features, want, mode=_LINEAR[len(have) - 1], align_corners=False)
     if all(old % new == 0 for old, new in zip(have, want, strict=True)):
@@ -147,7 +149,8 @@ class Regressor(nn.Module):
         batch_norm: Normalize the result; in training mode this needs more than one value a channel.
 
     Raises:
-        ConfigurationError: For shapes with another number of dimensions, or ``valid`` with a student that is smaller.
+        ConfigurationError: For shapes with another number of dimensions, another word for ``kernel``, or ``valid``
+            with a student that is smaller.
 
     >>> Regressor((2, 8, 6, 6), (2, 16, 4, 4), kernel="valid")(torch.zeros(2, 8, 6, 6)).shape
     torch.Size([2, 16, 4, 4])
@@ -164,8 +167,10 @@ class Regressor(nn.Module):
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        ours, theirs = (_channels_first(shape, channel_dim) for shape in (student, teacher))
         check_dimensions(student, teacher, "`Regressor`")
+        if kernel not in ("pointwise", "valid"):
+            raise ConfigurationError(f"`kernel` is {kernel!r}: {did_you_mean(str(kernel), ('pointwise', 'valid'))}")
+        ours, theirs = (_channels_first(shape, channel_dim) for shape in (student, teacher))
         spatial = len(ours) - 2
         size = [1] * spatial
         if kernel == "valid":

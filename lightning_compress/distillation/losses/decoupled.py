@@ -67,6 +67,7 @@ def decoupled_distillation(
     _check_labels(student, target)
     counts = None if ignore_index is None else target != ignore_index
     label = (target if counts is None else target.masked_fill(~counts, 0)).long().unsqueeze(1)
+    _check_classes(label, student.shape[1])
     mine, others = _parts(student / temperature, label)
     said, rest = _parts(teacher.detach() / temperature, label)
     of_target = divergence_terms(said, mine).sum(1)
@@ -78,8 +79,9 @@ def _parts(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """Return the logarithms of (p_y, 1 - p_y), and of the distribution over the other classes."""
     is_target = torch.zeros_like(logits, dtype=torch.bool).scatter(1, label, True)
     rest = logits.masked_fill(is_target, -math.inf)
-    mine = logits.gather(1, label)
-    odds = mine - rest.logsumexp(1, keepdim=True)
+    alone = (rest == -math.inf).all(1, keepdim=True)  # every other class is masked
+    rest = rest.masked_fill(alone, 0)
+    odds = (logits.gather(1, label) - rest.logsumexp(1, keepdim=True)).masked_fill(alone, math.inf)
     return torch.cat([F.logsigmoid(odds), F.logsigmoid(-odds)], 1), rest.log_softmax(1)
 
 
@@ -95,6 +97,18 @@ def _check_labels(logits: Tensor, target: Tensor) -> None:
         raise ConfigurationError(
             f"`target` must be class indices of shape {expected}, integers; got {tuple(target.shape)}, "
             f"{target.dtype}; with mixed or soft labels use KnowledgeDistillation, which needs none"
+        )
+
+
+def _check_classes(label: Tensor, classes: int) -> None:
+    """Refuse labels that are no class; on the CPU only, since looking would make an accelerator wait."""
+    if label.device.type != "cpu" or not label.numel():
+        return
+    low, high = int(label.min()), int(label.max())
+    if low < 0 or high >= classes:
+        raise ConfigurationError(
+            f"`target` must hold class indices from 0 to {classes - 1}; got {low if low < 0 else high}; name a label "
+            "that does not count in `ignore_index`"
         )
 
 

@@ -60,7 +60,7 @@ def attention_map(features: Tensor, power: float = 2.0, channel_dim: int = 1) ->
 
     Args:
         features: ``(N, C, ...)``, or ``(N, ..., C)``, with positions.
-        power: p, above 0.
+        power: p, at least 1.
         channel_dim: 1, or -1.
 
     Returns:
@@ -85,7 +85,7 @@ def attention_transfer(student: Tensor, teacher: Tensor, power: float = 2.0, cha
     Args:
         student: ``(N, C, ...)``, or ``(N, ..., C)``, with one to three dimensions of positions.
         teacher: The same with any number of channels; detached.
-        power: p, above 0.
+        power: p, at least 1.
         channel_dim: 1, or -1.
 
     Returns:
@@ -229,7 +229,7 @@ class AttentionTransfer(DistillationLoss):
     """Where layers are active, see :func:`attention_transfer`; the temperature is not used.
 
     Args:
-        power: p, above 0.
+        power: p, at least 1.
         channel_dim: 1, or -1 for tokens ``(N, L, C)`` and channels-last maps.
 
     Raises:
@@ -244,7 +244,7 @@ class AttentionTransfer(DistillationLoss):
 
     def __init__(self, power: float = 2.0, channel_dim: int = 1) -> None:
         super().__init__()
-        check_range("power", power, 0, open_low=True)
+        check_range("power", power, 1)
         check_channel_dim(channel_dim)
         self.power, self.channel_dim = power, channel_dim
 

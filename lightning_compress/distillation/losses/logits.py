@@ -69,7 +69,8 @@ def noisy_logits(logits: Tensor, sigma: float, probability: float, generator: to
     chosen = torch.rand(logits.shape[:1], generator=generator) < probability
     noise = torch.randn(logits.shape, generator=generator) * sigma
     noise = noise * chosen.reshape(-1, *[1] * (logits.dim() - 1))
-    return logits * (1 + noise.to(logits.device, logits.dtype))
+    possible = logits > -math.inf
+    return torch.where(possible, logits * (1 + noise.to(logits.device, logits.dtype)), logits)
 
 
 class LogitsMSE(DistillationLoss):
