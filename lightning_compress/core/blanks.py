@@ -44,6 +44,12 @@ class Blanks(ABC):
         """
         return self.choose(root)
 
+    def anticipate(self, layers: Layers) -> None:
+        """Get ready to look at the inputs of a training batch after which :meth:`update` will be called."""
+
+    def release(self) -> None:
+        """Let go of what hangs on the model (hooks); called when a fit ends, also by an error."""
+
     def observe(self, layers: Layers) -> None:
         """Look at gradients, unscaled but not clipped, right before an optimizer step."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import weakref
 from typing import Any, ClassVar, final
@@ -14,7 +15,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_compress.core.checks import check_times, check_trainer
-from lightning_compress.core.clock import UpdateClock, callbacks_of, gradient_scale, horizon_of, is_last_batch
+from lightning_compress.core.clock import (
+    UpdateClock,
+    callbacks_of,
+    gradient_scale,
+    horizon_of,
+    is_last_batch,
+    may_be_last_batch,
+)
 from lightning_compress.core.copies import full_copy
 from lightning_compress.core.errors import ConfigurationError, JournalMismatchError
 from lightning_compress.core.examples import own_example
@@ -135,6 +143,16 @@ class CompressionCallback(Method, Callback):
             run.after_each_step(trainer.optimizers, self._after_step)
 
     @final
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Let the method look at the batch that comes before an update."""
+        if self._run is None or not overrides(self, "anticipate"):
+            return
+        timeline, t = self._run.timeline, self._clock.updates
+        late = (timeline.reached(t) or may_be_last_batch(trainer)) and not self.at_target
+        if timeline.due(t) or late or (batch_idx == 0 and self.at_target and self.pending(self._run.layers)):
+            self.anticipate(self._run.layers)
+
+    @final
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Let the method see the gradients, and change them."""
         if self._run is None:
@@ -214,6 +232,12 @@ class CompressionCallback(Method, Callback):
         self._forget_run(pl_module)
 
     @final
+    @functools.wraps(Callback.state_dict, assigned=(), updated=())  # so that unique keys are asked for by check_trainer
+    def state_dict(self) -> dict[str, Any]:
+        """Return position, history and the method's values: tensors and builtins only."""
+        return self.state()
+
+    @final
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running fit, so that callbacks pickle and deepcopy at any time."""
         state = {**self.__dict__, "_run": None, "_module_ref": None}
@@ -225,6 +249,7 @@ class CompressionCallback(Method, Callback):
         forget_undo(pl_module)
         if self._run is not None:
             self._run.release()
+            self.release()
         self._run = None
 
     def _after_step(self, layers: Layers, optimizer: Optimizer) -> None:

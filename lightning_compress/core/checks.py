@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lightning_compress.core.clock import callbacks_of
@@ -33,10 +33,10 @@ def check_times(schedule: Schedule, trainer: Trainer) -> None:
         if kind == "percent" and endless:
             Horizon(None, None).steps(time, name)
         beyond = kind == "epoch" and epochs is not None and 0 <= epochs < number + (name == "start")
-        if beyond and name != "every" and not getattr(trainer, "fast_dev_run", False):
+        if beyond and not getattr(trainer, "fast_dev_run", False):
             raise ConfigurationError(
-                f"`{name}` of the schedule is epoch {time}, but `max_epochs` is {epochs}; train longer or let the "
-                "schedule end earlier"
+                f"`{name}` of the schedule is epoch {time}, but `max_epochs` is {epochs}; train longer, or give "
+                "an earlier time"
             )
 
 
@@ -44,7 +44,8 @@ def check_trainer(callback: CompressionCallback, trainer: Trainer) -> None:
     """Raise if ``callback`` cannot work with this Trainer's strategy or its other callbacks.
 
     Raises:
-        ConfigurationError: For a sharded strategy, a callback that conflicts, or one on the wrong side of this one.
+        ConfigurationError: For a sharded strategy, a callback that conflicts or cannot be told from this one, or one on
+            the wrong side of this one.
     """
     if isinstance(trainer.strategy, _SHARDED):
         raise ConfigurationError(
@@ -53,6 +54,7 @@ def check_trainer(callback: CompressionCallback, trainer: Trainer) -> None:
         )
     callbacks = callbacks_of(trainer)
     mine = callbacks.index(callback)
+    _check_name(callback, callbacks)
     for position, other in enumerate(callbacks):
         if other is callback:
             continue
@@ -69,3 +71,15 @@ def check_trainer(callback: CompressionCallback, trainer: Trainer) -> None:
                 f"`callbacks` has {type(callback).__name__} and {type(other).__name__} in the wrong order: put "
                 f"{type(first).__name__} before {type(second).__name__}"
             )
+
+
+def _check_name(callback: CompressionCallback, callbacks: list[Callback]) -> None:
+    """Refuse two callbacks whose states a checkpoint could not tell apart."""
+    same = [other for other in callbacks if other.state_key == callback.state_key]
+    if len(same) > 1:
+        kind = type(callback).__name__
+        named = f"named {callback.name!r}" if callback.name else "without a name"
+        raise ConfigurationError(
+            f"`callbacks` has {len(same)} {kind} {named}, which checkpoints and metrics cannot tell apart; give each "
+            f"a name of its own: {kind}(..., name='first')"
+        )

@@ -84,6 +84,11 @@ def gradient_scale(trainer: Trainer, optimizer: Optimizer) -> float:
     return (_loss_scale(trainer) or 1.0) if fused else 1.0
 
 
+def may_be_last_batch(trainer: Trainer) -> bool:
+    """Return whether the batch that is about to run may be the last one: known before its optimizer steps."""
+    return is_last_batch(trainer) or 0 <= trainer.max_steps <= trainer.global_step + len(trainer.optimizers)
+
+
 def _loss_scale(trainer: Trainer) -> float | None:
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return float(scaler.get_scale()) if scaler is not None else None

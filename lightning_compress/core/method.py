@@ -110,7 +110,7 @@ class Method(Blanks):
         return type(self).__qualname__ + (f"[{self.name}]" if self.name else "")
 
     @final
-    def state_dict(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """Return position, history and the method's values: tensors and builtins only."""
         return {
             "version": 1,

@@ -188,6 +188,12 @@ class Schedule:
                     f"`{name}` of the schedule is optimizer step {value}, but the run has {horizon.total} "
                     f"({_epochs(horizon)}); train longer or let the schedule end earlier"
                 )
+            if every > horizon.total and not clamp:
+                raise ConfigurationError(
+                    f"`every` of the schedule is {every} optimizer steps, but the run has {horizon.total} "
+                    f"({_epochs(horizon)}), so nothing would happen between `start` and `end`; give a shorter time, or "
+                    "shape='once'"
+                )
             end = min(end, last)
             points = tuple((min(step, last), amount) for step, amount in points)
         if start > end:

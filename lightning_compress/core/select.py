@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -38,7 +39,7 @@ class Select:
 
     Args:
         types: Class names (base classes count: ``"RNNBase"``) or classes; empty leaves the choice to the method.
-        include: Patterns of which at least one must match.
+        include: Patterns of which at least one must match; a single one needs no list.
         exclude: Patterns of which none may match; they win over ``include``.
         min_params: Least number of parameters a layer must hold itself.
         not_first: Leave the first layer of these types alone, in registration order.
@@ -53,9 +54,9 @@ class Select:
     ['0', '2']
     """
 
-    types: tuple[str | type, ...] = ()
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
+    types: str | type | Sequence[str | type] = ()
+    include: str | Sequence[str] = ("*",)
+    exclude: str | Sequence[str] = ()
     min_params: int = 0
     not_first: bool = False
     not_last: bool = False
@@ -94,8 +95,8 @@ class Select:
                         f"`{name}` has the pattern {pattern!r}, which matches no module of {type(root).__name__}; "
                         f"{did_you_mean(pattern, everything)}"
                     )
-        ends = ({next(iter(candidates)): "first layer"} if self.not_first and candidates else {}) | (
-            {next(reversed(candidates)): "last layer"} if self.not_last and candidates else {}
+        ends = ({next(iter(candidates)): _END.format("first")} if self.not_first and candidates else {}) | (
+            {next(reversed(candidates)): _END.format("last")} if self.not_last and candidates else {}
         )
         left = {
             path: reason for path in candidates if (reason := self._reason(path, names[path], candidates[path], ends))
@@ -107,9 +108,8 @@ class Select:
 
     def _of_type(self, module: nn.Module) -> bool:
         names = {cls.__name__ for cls in type(module).__mro__}
-        return not self.types or any(
-            kind in names if isinstance(kind, str) else isinstance(module, kind) for kind in self.types
-        )
+        types = _as_tuple("types", self.types)
+        return not types or any(kind in names if isinstance(kind, str) else isinstance(module, kind) for kind in types)
 
     def _reason(self, path: str, names: tuple[str, ...], module: nn.Module, ends: Mapping[str, str]) -> str:
         if not any(_matches(pattern, names) for pattern in self.include):
@@ -141,7 +141,7 @@ class Select:
             return (
                 f"{self} selects no layer of {type(root).__name__}: {why}. Loosen the pattern or the limit named there"
             )
-        wanted = [kind if isinstance(kind, str) else kind.__name__ for kind in self.types]
+        wanted = [kind if isinstance(kind, str) else kind.__name__ for kind in _as_tuple("types", self.types)]
         present = sorted({type(module).__name__ for module in everything.values()})
         asked = f"of type {' or '.join(wanted)}" if wanted else "that this method can work on"
         known = [kind.__name__ for kind in supported]
@@ -155,7 +155,10 @@ class Select:
         )
 
 
-def _as_tuple(name: str, value: object) -> tuple[object, ...]:
+_END = "the {} layer in the order they were registered; to keep another one, name it in `exclude`"
+
+
+def _as_tuple(name: str, value: object) -> tuple[Any, ...]:
     if isinstance(value, (str, type)):
         return (value,)
     if not isinstance(value, Iterable) or isinstance(value, Mapping):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, distributed, nn
 
 from lightning_compress.core.callback import CompressionCallback
-from lightning_compress.core.clock import is_last_batch
 from lightning_compress.core.errors import ConfigurationError, SelectionError, did_you_mean
 from lightning_compress.core.paths import clean_path, get_layer, named_layers
 from lightning_compress.core.plan import PlanRow
@@ -110,7 +108,6 @@ class IterativePruning(CompressionCallback):
         self._scorer = Scorer(find_score(score))
         check_score(self._scorer.score, self._groups, scope)
         self._norms: dict[str, str] = {}
-        self._guarded = False
         self._targets: list[Target] = []
         self._rule_of: dict[str, str] = {}
         self._masks: dict[str, Tensor] = {}
@@ -178,19 +175,14 @@ class IterativePruning(CompressionCallback):
             if not self.at_target or timeline.due(t) or not timeline.reached(t) or self.pending(layers):
                 self._scorer.observe({t.key: t.weight(layers) for t in self._targets})
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Look at inputs, if the score needs them and masks will be updated after this batch."""
-        if self._scorer.score.needs != "inputs" or self._run is None:
-            return
-        run, t = self._run, self.updates
-        last = is_last_batch(trainer) or 0 <= trainer.max_steps <= trainer.global_step + len(trainer.optimizers)
-        late = (run.timeline.reached(t) or last) and not self.at_target
-        if run.timeline.due(t) or late or (batch_idx == 0 and self.at_target and self.pending(run.layers)):
-            seen = {target.key: run.layers[target.layer] for target in self._targets}
-            self._scorer.watch(seen, self._layouts(run.layers))
-            if not self._guarded:
-                weakref.finalize(run, self._scorer.unwatch)  # should the batch fail
-                self._guarded = True
+    def anticipate(self, layers: Layers) -> None:
+        """Look at inputs, if the score needs them."""
+        if self._scorer.score.needs == "inputs":
+            self._scorer.watch({target.key: layers[target.layer] for target in self._targets}, self._layouts(layers))
+
+    def release(self) -> None:
+        """Stop looking at inputs, should a batch have failed."""
+        self._scorer.unwatch()
 
     def enforce(self, layers: Layers) -> None:
         """Put the zeros back, exactly."""
@@ -236,7 +228,7 @@ class IterativePruning(CompressionCallback):
                     "Resume with the `select` and `rules` it was written with"
                 )
             self._masks[key] = unpack_mask(packed, weights[key], key)
-        self._packed, self._guarded = {}, False
+        self._packed = {}
         self._scorer.attach(weights, self._layouts(layers), distributed.is_available() and distributed.is_initialized())
 
     def reset_values(self) -> None:

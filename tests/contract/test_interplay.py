@@ -321,8 +321,15 @@ def _refused(
 
 def test_conflicts_and_duplicates(tmp_path: Path) -> None:
     _refused(tmp_path, [pruning(), ModelPruning("l1_unstructured", amount=0.5)], "ModelPruning change the same")
-    with pytest.raises(RuntimeError, match="more than one stateful callback"):  # Lightning's own check of `state_key`
-        trainer(tmp_path, pruning(), pruning())
+    _refused(
+        tmp_path, [pruning(), pruning()], r"2 IterativePruning without a name.*IterativePruning\(..., name='first'\)"
+    )
+    named = [IterativePruning(0.5, name="a"), IterativePruning(0.5, name="a")]
+    _refused(tmp_path, named, "2 IterativePruning named 'a'")
+    different = [IterativePruning(0.5, Select(include=name), name=name) for name in ("net.stem", "net.grouped")]
+    trainer(tmp_path, *different, ModelCheckpoint(tmp_path, "last")).fit(Task())
+    states = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
+    assert {"IterativePruning[net.stem]", "IterativePruning[net.grouped]"} <= set(states)
 
 
 @pytest.mark.parametrize(
@@ -330,6 +337,8 @@ def test_conflicts_and_duplicates(tmp_path: Path) -> None:
     [
         ({"end": 9}, {}, r"`end` of the schedule is epoch 9, but `max_epochs` is 3"),
         ({"start": 3, "shape": "once"}, {}, r"`start` of the schedule is epoch 3"),
+        ({"every": 4}, {}, r"`every` of the schedule is epoch 4, but `max_epochs` is 3"),
+        ({"every": {"step": 25}}, {}, r"`every` of the schedule is 25 optimizer steps, but the run has 24"),
         ({"end": {"step": 400}}, {}, r"`end` of the schedule is optimizer step 400, but the run has 24"),
         ({"end": "50%"}, {"max_epochs": -1}, r"no end \(max_epochs=-1\)"),
         ({"start": {"step": 20}, "end": "50%"}, {}, r"`start` \(optimizer step 20\) lies after `end`"),

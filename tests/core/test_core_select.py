@@ -4,6 +4,8 @@ import pickle
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback
 from torch import nn
 
 from lightning_compress.core.errors import ConfigurationError, SelectionError
@@ -83,7 +85,7 @@ def test_first_and_last_are_those_of_the_right_type_and_an_exact_include_takes_t
         "layer1.1.conv1",
     ]
     assert "stem" in paths(Select(include=("stem", "*"), not_first=True), types=kinds)
-    assert Select(not_first=True).resolve(Net(), kinds).left == {"stem": "first layer"}
+    assert list(Select(not_first=True).resolve(Net(), kinds).left) == ["stem"]
     with pytest.raises(SelectionError, match="first layer"):
         paths(Select(include=("st*",), not_first=True), types=kinds)
 
@@ -159,6 +161,26 @@ def test_compiled_parts_have_clean_paths_and_original_modules() -> None:
     assert list(named_layers(whole)) == list(named_layers(net))
     assert original(whole) is net
     assert clean_path("_orig_mod") == ""
+
+
+def test_the_end_that_is_kept_says_by_which_order() -> None:
+    left = Select(not_first=True, not_last=True).resolve(Net(), (nn.Conv2d, nn.Linear)).left
+    assert list(left) == ["stem", "fc"]
+    assert left["fc"].startswith("the last layer in the order they were registered; to keep another one")
+
+
+@pytest.mark.parametrize("include", ["layer1.*", ["layer1.*"], ["layer1.0.*", "layer1.1.*"]])
+def test_a_config_file_gives_one_pattern_or_a_list(include: str | list[str]) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Callback, "callback")
+    select = {"include": include, "exclude": "*.norm", "types": "Conv2d"}
+    rules = {"stem": {"include": include, "amount": 0.5, "types": ["Conv2d"]}}
+    arguments = {"schedule": 0.75, "select": select, "rules": rules}
+    config = {"class_path": "lightning_compress.IterativePruning", "init_args": arguments}
+    callback = parser.instantiate(parser.parse_object({"callback": config})).callback
+    patterns = (include,) if isinstance(include, str) else tuple(include)
+    assert callback.select == Select(types=("Conv2d",), include=patterns, exclude=("*.norm",))
+    assert callback.rules["stem"].include == patterns
 
 
 def test_get_and_set_layer_name_the_nearest_path() -> None:
