@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar, cast
 
@@ -20,10 +20,10 @@ class Rule:
     """Prune the layers that match to an amount of their own, each by itself.
 
     Args:
-        include: Patterns as in :class:`Select`.
+        include: Patterns as in :class:`Select`; a single one needs no list.
         amount: Final sparsity of each of these layers, 0 (leave alone) to 1; it follows the schedule's progress.
         exclude: Patterns that must not match.
-        types: Class names of layers; empty for all that can be pruned.
+        types: Class names of layers, or classes; empty for all that can be pruned.
 
     Raises:
         ConfigurationError: If the amount is outside 0 to 1, or a pattern is malformed.
@@ -32,10 +32,10 @@ class Rule:
     ('conv1',)
     """
 
-    include: tuple[str, ...]
+    include: str | Sequence[str]
     amount: float
-    exclude: tuple[str, ...] = ()
-    types: tuple[str, ...] = ()
+    exclude: str | Sequence[str] = ()
+    types: str | type | Sequence[str | type] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.amount, bool) or not isinstance(self.amount, int | float) or not 0 <= self.amount <= 1:
