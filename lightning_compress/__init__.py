@@ -23,6 +23,8 @@ from lightning_compress.core.schedule import Schedule
 from lightning_compress.core.select import Select
 from lightning_compress.core.verbs import apply, register_kind
 from lightning_compress.data.resume import ExactResume
+from lightning_compress.distillation.callbacks import Distillation
+from lightning_compress.distillation.module import DistillationModule
 from lightning_compress.evaluation.callbacks import CompressionReport
 from lightning_compress.pruning import (
     FisherPruning,
@@ -31,6 +33,8 @@ from lightning_compress.pruning import (
     OptimalBrainCompression,
     Rule,
 )
+from lightning_compress.pruning.dynamic import DynamicSparseTraining
+from lightning_compress.pruning.lottery import LotteryTicket
 from lightning_compress.pruning.structured import StructuredPruning, coupled_groups, recalibrate_batch_norm
 
 __version__ = "0.1.0"
@@ -42,6 +46,9 @@ __all__ = [
     "CompressionError",
     "CompressionReport",
     "ConfigurationError",
+    "Distillation",
+    "DistillationModule",
+    "DynamicSparseTraining",
     "EarlyStoppingAtTarget",
     "Edit",
     "ExactResume",
@@ -49,6 +56,7 @@ __all__ = [
     "IterativePruning",
     "Journal",
     "JournalMismatchError",
+    "LotteryTicket",
     "ModelCheckpointAtTarget",
     "NeuronMerging",
     "OptimalBrainCompression",

@@ -127,7 +127,7 @@ def plan_stages(settings: Settings, folder: RunFolder, data: LightningDataModule
     outcome = Outcome(build_module(settings))
     plans: dict[str, str] = {}
     known = True
-    for stage in _begin(settings, outcome):
+    for stage in (one for one in _begin(settings, outcome) if one.round == 1):  # later ones depend on what is left
         callbacks = {name: build_callback(settings, name) for name in (*stage.callbacks, *stage.apply)}
         if stage.apply:
             _methods(stage, callbacks)
@@ -138,7 +138,7 @@ def plan_stages(settings: Settings, folder: RunFolder, data: LightningDataModule
                 trainer.fit(outcome.module, datamodule=data)
         texts = [getattr(callback, "plan_text", "") or f"{name}: {UNKNOWN}" for name, callback in callbacks.items()]
         epochs = {**settings.trainer, **stage.trainer}.get("max_epochs")
-        plans[stage.name] = "\n".join(texts) or f"train {epochs} epochs"
+        plans[stage.title] = "\n".join(texts) or f"train {epochs} epochs"
         known = known and not any(map(edits_structure, callbacks.values()))
     return plans
 
@@ -153,9 +153,8 @@ def _begin(settings: Settings, outcome: Outcome) -> list[Stage]:
         return stages
     load_weights(outcome.module, str(settings.model["checkpoint"]))
     outcome.baseline = _tensors(outcome.module)
-    names = [stage.name for stage in stages]
-    first = names.index(settings.baseline_after) + 1 if settings.baseline_after in names else 0
-    return stages[first:]
+    done = (i + 1 for i, one in enumerate(stages) if one.name == settings.baseline_after and one.rounds == 1)
+    return stages[next(done, 0) :]
 
 
 def _restore(settings: Settings, folder: RunFolder, records: list[dict[str, Any]], outcome: Outcome) -> None:
@@ -179,6 +178,8 @@ def _run_stage(
     settings: Settings, stage: Stage, folder: RunFolder, data: LightningDataModule, outcome: Outcome
 ) -> None:
     """Run one stage, put its result into ``outcome``, and record it as completed."""
+    if stage.fresh:
+        outcome.module, outcome.carried = build_module(settings), {}
     index = [other.name for other in settings.stages].index(stage.name)
     seed_everything(settings.seed + index, workers=True, verbose=False)
     started = time.monotonic()
@@ -204,10 +205,10 @@ def _run_stage(
 
 def _methods(stage: Stage, callbacks: Mapping[str, Callback]) -> list[CompressionCallback]:
     for name, callback in callbacks.items():
-        if not isinstance(callback, CompressionCallback):
+        if not isinstance(callback, CompressionCallback) or callback.needs_training:
             raise ConfigurationError(
-                f"`stages.{stage.name}.apply` names {name!r}, a {type(callback).__name__}, which works only while "
-                f"training; use `stages.{stage.name}.callbacks`"
+                f"`stages.{stage.key}.apply` names {name!r}, a {type(callback).__name__}, which works only while "
+                f"training; use `stages.{stage.key}.callbacks`"
             )
     return [callback for callback in callbacks.values() if isinstance(callback, CompressionCallback)]
 
@@ -221,7 +222,7 @@ def _fit(
     outcome: Outcome,
 ) -> str:
     carry_over = CarryOver(callbacks, outcome.carried)
-    carry_over.warn_about_the_rest(stage.name)
+    carry_over.warn_about_the_rest(stage.key)
     last = folder.last_checkpoint(stage.name)
     trainer = build_trainer(settings, stage, folder, [ExactResume(), *callbacks.values(), carry_over])
     log.info("stage %s: %s", stage.name, f"goes on from {last.name}" if last else f"up to {trainer.max_epochs} epochs")
@@ -254,7 +255,7 @@ def build_trainer(
         callbacks: Those of the stage.
         writes: ``False`` for a Trainer without log and checkpoints.
     """
-    where = f"stages.{stage.name}.trainer"
+    where = f"stages.{stage.key}.trainer"
     arguments = {**settings.trainer, **stage.trainer, "_partial_": True}
     if arguments.get("enable_progress_bar") is None:
         arguments["enable_progress_bar"] = sys.stderr.isatty()

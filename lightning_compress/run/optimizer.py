@@ -19,10 +19,10 @@ def own_optimizer(module: nn.Module, stage: Stage) -> Iterator[None]:
     if stage.optimizer is None:
         yield
         return
-    make = build(f"stages.{stage.name}.optimizer", {**stage.optimizer, "_partial_": True})
+    make = build(f"stages.{stage.key}.optimizer", {**stage.optimizer, "_partial_": True})
     plan = dict(stage.scheduler or {})
     interval = plan.pop("interval", "epoch")
-    make_scheduler = build(f"stages.{stage.name}.scheduler", {**plan, "_partial_": True}) if plan else None
+    make_scheduler = build(f"stages.{stage.key}.scheduler", {**plan, "_partial_": True}) if plan else None
 
     def configure_optimizers(self: nn.Module) -> Any:
         optimizer = make([parameter for parameter in self.parameters() if parameter.requires_grad])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -19,20 +19,33 @@ class Stage:
     """One step of a recipe: a ``Trainer.fit`` with its own optimizer, or post-training methods.
 
     Args:
-        name: The key of the stage in ``stages``.
+        key: Of the stage in ``stages``.
+        name: The same, with the number of the round in a stage that has several.
         trainer: Arguments of the Trainer that differ from the common ones.
         optimizer: ``_target_`` and arguments of an optimizer; ``None`` takes the module's own.
         scheduler: ``_target_`` and arguments of a learning-rate scheduler for ``optimizer``, and ``interval``.
         callbacks: Names in the top-level ``callbacks`` that take part in this fit.
         apply: Names in the top-level ``callbacks`` that are applied once, without training.
+        fresh: Whether it begins with a module built anew, as the first stage does.
+        round: Number of the round, from 1.
+        rounds: How many there are: one fit after the other, each with an optimizer of its own; callbacks hand on state.
     """
 
+    key: str
     name: str
     trainer: Mapping[str, Any]
     optimizer: Mapping[str, Any] | None
     scheduler: Mapping[str, Any] | None
     callbacks: tuple[str, ...]
     apply: tuple[str, ...]
+    fresh: bool = False
+    round: int = 1
+    rounds: int = 1
+
+    @property
+    def title(self) -> str:
+        """How a plan speaks of it."""
+        return self.key if self.rounds == 1 else f"{self.key}, {self.rounds} rounds of which this is the first"
 
 
 @dataclass(frozen=True)
@@ -95,13 +108,20 @@ def read_settings(config: DictConfig) -> Settings:
     _check_keys("model", raw["model"], {"module", "checkpoint", "pretrained"}, required={"module"})
     _check_numbers(raw["checkpoint"], raw["report"])
     check_targets(raw)
-    stages = tuple(_read_stage(name, value, raw["callbacks"]) for name, value in raw["stages"].items())
+    stages = tuple(
+        stage for key, value in raw["stages"].items() for stage in _read_stage(str(key), value, raw["callbacks"])
+    )
+    names = [stage.name for stage in stages]
     for stage in stages:
-        check_node(f"stages.{stage.name}.trainer", {**raw["trainer"], **stage.trainer})
+        if names.count(stage.name) > 1:
+            raise ConfigurationError(
+                f"`stages.{stage.name}` has the name of a round of another stage; call it otherwise"
+            )
+        check_node(f"stages.{stage.key}.trainer", {**raw["trainer"], **stage.trainer})
     return Settings(
         **{key: raw[key] for key in known - {"stages", "baseline_after"}},
         stages=stages,
-        baseline_after=_baseline_after(raw["baseline_after"], [stage.name for stage in stages]),
+        baseline_after=_baseline_after(raw["baseline_after"], stages),
         raw=raw,
     )
 
@@ -140,30 +160,42 @@ def _check_count(where: str, number: Any, optional: bool = True) -> None:
     raise ConfigurationError(f"`{where}` must be a whole number of at least 1{either}, got {number!r}")
 
 
-def _read_stage(name: str, value: Any, callbacks: Mapping[str, Any]) -> Stage:
-    where = f"stages.{name}"
+def _read_stage(key: str, value: Any, callbacks: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """Return a stage, or one for each of its rounds."""
+    where = f"stages.{key}"
     _check_mapping(where, value)
-    _check_keys(where, value, ("trainer", "optimizer", "scheduler", "callbacks", "apply"))
+    _check_keys(where, value, ("trainer", "optimizer", "scheduler", "callbacks", "apply", "fresh", "rounds"))
+    rounds = value.get("rounds", 1)
+    _check_count(f"{where}.rounds", rounds, optional=False)
     stage = Stage(
-        name=str(name),
+        key=key,
+        name=key,
         trainer=value.get("trainer") or {},
         optimizer=value.get("optimizer"),
         scheduler=value.get("scheduler"),
         callbacks=_references(f"{where}.callbacks", value.get("callbacks"), callbacks),
         apply=_references(f"{where}.apply", value.get("apply"), callbacks),
+        fresh=value.get("fresh", False),
     )
     _check_mapping(f"{where}.trainer", stage.trainer)
-    for key in ("optimizer", "scheduler"):
-        part = value.get(key)
+    if not isinstance(stage.fresh, bool) or (stage.fresh and (rounds > 1 or stage.apply)):
+        raise ConfigurationError(
+            f"`{where}.fresh` must be true or false, and true only for a single fit; got {stage.fresh!r}"
+        )
+    for name in ("optimizer", "scheduler"):
+        part = value.get(name)
         if part is not None and (not isinstance(part, Mapping) or "_target_" not in part):
-            raise ConfigurationError(f"`{where}.{key}` must be a mapping with a `_target_`, or null; got {part!r}")
+            raise ConfigurationError(f"`{where}.{name}` must be a mapping with a `_target_`, or null; got {part!r}")
     if stage.scheduler is not None and stage.optimizer is None:
         raise ConfigurationError(f"`{where}.scheduler` needs `{where}.optimizer`; the module's own keeps its own")
-    if stage.apply and (stage.trainer or stage.callbacks or stage.optimizer):
+    if stage.apply and (stage.trainer or stage.callbacks or stage.optimizer or rounds > 1):
         raise ConfigurationError(
             f"`{where}` has `apply`, which does not train, beside keys of a fit; make them two stages"
         )
-    return stage
+    if rounds == 1:
+        return (stage,)
+    numbers = range(1, rounds + 1)
+    return tuple(replace(stage, name=f"{key}-{number}", round=number, rounds=rounds) for number in numbers)
 
 
 def _references(where: str, names: Any, callbacks: Mapping[str, Any]) -> tuple[str, ...]:
@@ -178,9 +210,12 @@ def _references(where: str, names: Any, callbacks: Mapping[str, Any]) -> tuple[s
     return tuple(names)
 
 
-def _baseline_after(value: Any, names: list[str]) -> str | None:
-    if value is not None and value not in names:
-        raise ConfigurationError(f"`baseline_after` must be a stage, got {value!r}; {did_you_mean(str(value), names)}")
-    if value is not None or not names:
-        return value if value is None else str(value)
-    return next((name for name in names if name in BASELINE_NAMES), names[0])
+def _baseline_after(value: Any, stages: Sequence[Stage]) -> str | None:
+    """Return the name of the stage whose end is the baseline; of one with rounds, the first."""
+    keys = list(dict.fromkeys(stage.key for stage in stages))
+    if value is not None and value not in keys:
+        raise ConfigurationError(f"`baseline_after` must be a stage, got {value!r}; {did_you_mean(str(value), keys)}")
+    if not keys:
+        return None
+    key = next((key for key in keys if key in BASELINE_NAMES), keys[0]) if value is None else value
+    return next(stage.name for stage in stages if stage.key == key)

@@ -14,9 +14,11 @@ from torch.utils.data import TensorDataset
 
 from lightning_compress import (
     CompressionCallback,
+    DynamicSparseTraining,
     Edit,
     FisherPruning,
     IterativePruning,
+    LotteryTicket,
     NeuronMerging,
     OptimalBrainCompression,
     Rule,
@@ -255,6 +257,27 @@ ROWS = (
             ("random_kernel", "Mixed", {"score": "random", "granularity": "kernel", "scope": "global_normalized"}),
             ("snip_block", "Sequences", {"score": "snip", "granularity": "block:2x2", "every": 4}),
         )
+    ),
+    Row(
+        "rigl",
+        lambda: DynamicSparseTraining(0.8, every={"step": 2}, end="60%"),
+        "Mixed",
+        "compress/sparsity",
+        nothing=lambda: DynamicSparseTraining(0.8, select=Select(types=("Conv3d",))),
+    ),
+    Row(
+        "set_uniform",
+        lambda: DynamicSparseTraining(0.5, "set", distribution="uniform", every={"step": 3}),
+        "Sequences",
+        "compress/moved",
+        nothing=lambda: DynamicSparseTraining(0.8, select=Select(types=("Conv3d",))),
+    ),
+    Row(
+        "lottery",
+        lambda: LotteryTicket(0.3, rewind={"step": 5}),
+        "Mixed",
+        "compress/round",
+        nothing=lambda: LotteryTicket(select=Select(types=("Conv3d",))),
     ),
     Row("optimal_brain", lambda: OptimalBrainCompression(0.5, [dataset()[:]]), "MLP", "compress/sparsity"),
     Row("fisher_pruning", lambda: FisherPruning(0.5, [dataset()[:]], block=8), "MLP", "compress/sparsity"),
