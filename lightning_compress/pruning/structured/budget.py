@@ -139,13 +139,15 @@ def choose_widths(
     free = [name for name in scores if name not in own]
     order = _removal_order({name: _fallen(scores[name], gone, name) for name in free}, scope)
 
-    def kept(count: int) -> dict[str, int]:
-        removed = torch.bincount(order[:count], minlength=len(free)).tolist()
+    def kept(removed: Sequence[int]) -> dict[str, int]:
         found = own | {name: limit[name].kept(sizes[name], cut) for name, cut in zip(free, removed, strict=True)}
         return {name: min(found[name], most[name]) for name in scores}
 
+    def first(count: int) -> list[int]:
+        return torch.bincount(order[:count], minlength=len(free)).tolist()
+
     low, high = 0, len(order)
-    least = costs.share(kept(high))
+    least = costs.share(kept(first(high)))
     if least > target + 1e-9:
         raise ConfigurationError(
             f"the goal leaves {target:.4g} of the cost, but at least {least:.4g} stays with what can be cut and the "
@@ -153,8 +155,16 @@ def choose_widths(
         )
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if costs.share(kept(middle)) <= target + 1e-9 else (middle + 1, high)
-    return kept(low)
+        low, high = (low, middle) if costs.share(kept(first(middle))) <= target + 1e-9 else (middle + 1, high)
+    removed, settled = first(low), set()
+    for index in reversed(order[:low].tolist()):  # where the last was a large one, others may come back
+        if index not in settled:
+            fewer = [count - (place == index) for place, count in enumerate(removed)]
+            if costs.share(kept(fewer)) <= target + 1e-9:
+                removed = fewer
+            else:
+                settled.add(index)
+    return kept(removed)
 
 
 def lowest(scores: Mapping[str, Tensor], widths: Mapping[str, int], gone: Cuts | None = None) -> dict[str, list[int]]:

@@ -18,10 +18,18 @@ class GroupBuilder:
         paths: Paths of modules and parameters.
         items: The graph's group: a dependency with the indices it touches, and ``root_idxs`` beside them.
         is_output: Tells whether a dependency's handler cuts outputs.
+        originals: Layers that stand-ins in the graph stand for.
     """
 
-    def __init__(self, paths: Mapping[object, str], items: Any, is_output: Callable[[Any], bool]) -> None:
+    def __init__(
+        self,
+        paths: Mapping[object, str],
+        items: Any,
+        is_output: Callable[[Any], bool],
+        originals: Mapping[nn.Module, nn.Module],
+    ) -> None:
         self._paths = paths
+        self._originals = originals
         self._items = items
         self._is_output = is_output
         self._parent: dict[int, int] = {}
@@ -55,6 +63,7 @@ class GroupBuilder:
             self._object(f"it is added to or multiplied with the parameter {path!r}")
             return
         output = self._is_output(item.dep.handler)
+        module = self._originals.get(module, module)
         roles = roles_of(module, output)
         produces = output and isinstance(module, CUTTABLE)
         if isinstance(roles, str):

@@ -28,7 +28,7 @@ from lightning_compress.pruning.structured.latency import LatencyGoal, as_goal
 from lightning_compress.pruning.structured.latency_search import LatencySearch
 from lightning_compress.pruning.structured.limits import Limit, Limits, as_limits
 from lightning_compress.pruning.structured.ranking import Ranking, as_ranking
-from lightning_compress.pruning.structured.roles import CUTTABLE
+from lightning_compress.pruning.structured.roles import SELECTABLE
 from lightning_compress.pruning.structured.trace import coupled_groups
 
 
@@ -78,7 +78,7 @@ class StructuredPruning(CompressionCallback):
     (Linear(in_features=8, out_features=16, bias=True), 16)
     """
 
-    supported: ClassVar[tuple[type[nn.Module], ...]] = CUTTABLE
+    supported: ClassVar[tuple[type[nn.Module], ...]] = SELECTABLE
     runs_after: ClassVar[tuple[type[Callback], ...]] = (WeightAveraging, StochasticWeightAveraging)
     conflicts_with: ClassVar[tuple[type[Callback], ...]] = (ModelPruning,)
 
@@ -114,7 +114,7 @@ class StructuredPruning(CompressionCallback):
         """Find the groups of the selected layers, what each channel costs, and how long the model takes."""
         selected = self.choose(root)
         everything = {"": root, **named_layers(root)}
-        outside = {p: "not selected" for p, m in everything.items() if isinstance(m, CUTTABLE)}
+        outside = {p: "not selected" for p, m in everything.items() if isinstance(m, SELECTABLE)}
         outside = {path: why for path, why in outside.items() if path not in selected.layers} | dict(selected.left)
         found = coupled_groups(root, example_inputs, outside)
         groups, unscaled = self._ranked(found.groups, everything)
@@ -242,8 +242,9 @@ class StructuredPruning(CompressionCallback):
 
     def _solve(self, search: LatencySearch, scores: Mapping[str, Tensor]) -> None:
         def widths_at(share: float, step: int) -> dict[str, int]:
+            whole = {group.name for group in self._groups if group.rebuilt is not None}
             limits = {
-                name: limit if limit.round_to % step == 0 else replace(limit, round_to=step)
+                name: limit if name in whole or limit.round_to % step == 0 else replace(limit, round_to=step)
                 for name, limit in self._limits.items()
             }
             return choose_widths(scores, share, self._counted, self.ranking.scope, limits, self._cuts)

@@ -65,11 +65,14 @@ class ChannelGroup:
         name: Path of the first layer that produces them.
         channels: How many there are.
         touches: Every place they appear in.
+        rebuilt: Path of a module that is replaced, not sliced, with the kind of the ``replace`` edit that keeps some of
+            its channels (heads of attention); or nothing.
     """
 
     name: str
     channels: int
     touches: tuple[Touch, ...]
+    rebuilt: tuple[str, str] | None = None
 
     @property
     def producers(self) -> tuple[str, ...]:
@@ -137,10 +140,14 @@ def slice_edits(groups: Iterable[ChannelGroup], cuts: Cuts) -> list[Edit]:
     removed: dict[tuple[str, str, int], tuple[int, set[int]]] = {}
     sizes: dict[tuple[str, str], int] = {}
     paths: dict[str, None] = {}
+    edits = []
     for group in groups:
+        if group.rebuilt is not None and cuts.get(group.name):
+            kept = sorted(set(range(group.channels)) - set(cuts[group.name]))
+            edits.append(Edit("replace", *group.rebuilt, {"heads": compact_ranges(kept)}))
         for touch in group.touches:
             gone = touch.cut(cuts.get(group.name, ()))
-            if not gone:
+            if not gone or group.rebuilt is not None:
                 continue
             paths[touch.path] = None
             for name, dim in touch.tensors:
@@ -148,7 +155,6 @@ def slice_edits(groups: Iterable[ChannelGroup], cuts: Cuts) -> list[Edit]:
             for name, multiple in touch.attributes:
                 before = sizes.get((touch.path, name), touch.size * multiple)
                 sizes[touch.path, name] = before - len(gone) * multiple
-    edits = []
     for path in paths:
         tensors: dict[str, dict[str, Any]] = {}
         for (owner, name, dim), (size, gone_here) in removed.items():

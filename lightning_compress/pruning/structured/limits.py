@@ -141,7 +141,8 @@ class Limits:
         Raises:
             SelectionError: If a rule matches no layer, or only layers whose channels cannot be cut.
         """
-        found = {group.name: Limit(self.floor, self.round_to) for group in groups}
+        steps = {group.name: 1 if group.rebuilt is not None else self.round_to for group in groups}  # heads are few
+        found = {name: Limit(self.floor, step) for name, step in steps.items()}
         for name, rule in self.rules.items():
             try:
                 matched = rule.select.resolve(model).layers
@@ -153,7 +154,7 @@ class Limits:
                     f"rule {name!r} of `limits` matches {', '.join(list(matched)[:4])}, whose channels cannot be cut; "
                     f"what can be cut: {', '.join(found) or 'nothing'}"
                 )
-            found |= {group: rule.refine(Limit(self.floor, self.round_to)) for group in mine}
+            found |= {group: rule.refine(Limit(self.floor, steps[group])) for group in mine}
         return found
 
 

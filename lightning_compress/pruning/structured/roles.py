@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lightning_compress.pruning.structured.heads import ATTENTION
+from lightning_compress.pruning.structured.stand_ins import RECURRENT
+
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CUTTABLE: tuple[type[nn.Module], ...] = (*CONVS, *TRANSPOSED, nn.Linear, nn.LSTM, nn.Embedding)
+CUTTABLE: tuple[type[nn.Module], ...] = (*CONVS, *TRANSPOSED, nn.Linear, *RECURRENT, nn.Embedding)
 """Layer types whose output channels can be removed."""
+SELECTABLE: tuple[type[nn.Module], ...] = (*CUTTABLE, *ATTENTION)
+"""Those, and attention, whose heads can go."""
 
 PER_CHANNEL = (
     nn.BatchNorm1d,
@@ -67,12 +72,12 @@ def roles_of(layer: nn.Module, output: bool) -> list[Role] | str:
         return [Role((("weight", 0),), layer.num_parameters, (("num_parameters", 1),))]
     if isinstance(layer, nn.Embedding) and output:
         return [Role((("weight", 1),), layer.embedding_dim, (("embedding_dim", 1),))]
-    if isinstance(layer, nn.LSTM):
-        return _lstm_roles(layer, output)
+    if isinstance(layer, nn.RNNBase) and isinstance(layer, RECURRENT):
+        return _recurrent_roles(layer, output)
     if isinstance(layer, _CROSS):
         return "it normalizes across channels, so that every channel changes all others"
     if isinstance(layer, nn.MultiheadAttention):
-        return "attention: its heads and the stream of its inputs are not cut"
+        return "attention: the width of its inputs and outputs is not cut"
     return "layers of this type are not cut"
 
 
@@ -96,14 +101,23 @@ def _conv_roles(layer: nn.Module, output: bool) -> list[Role] | str:
     return [Role((("weight", 0 if transposed else 1),), inputs, (("in_channels", 1),))]
 
 
-def _lstm_roles(layer: nn.LSTM, output: bool) -> list[Role] | str:
-    if layer.num_layers > 1 or layer.bidirectional or layer.proj_size:
-        return "an LSTM with several layers, directions or a projection"
-    hidden = layer.hidden_size
+def _recurrent_roles(layer: nn.RNNBase, output: bool) -> list[Role] | str:
+    """All layers and both directions have one hidden size, so that a channel is the same index in all of them."""
+    if layer.proj_size:
+        return "an LSTM with a projection"
+    hidden, directions = layer.hidden_size, ("", "_reverse") if layer.bidirectional else ("",)
     if not output:
-        return [Role((("weight_ih_l0", 1),), layer.input_size, (("input_size", 1),))]
-    gates = _present(layer, ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"))
-    return [
-        Role(gates, 4 * hidden, copies=4),
-        Role((("weight_hh_l0", 1),), hidden, (("hidden_size", 1),)),
-    ]
+        tensors = tuple((f"weight_ih_l0{direction}", 1) for direction in directions)
+        return [Role(tensors, layer.input_size, (("input_size", 1),))]
+    roles, gates = [], layer.get_parameter("weight_hh_l0").shape[0] // hidden
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    for depth in range(layer.num_layers):
+        for direction in directions:
+            suffix = f"_l{depth}{direction}"
+            made = _present(layer, tuple(f"{name}{suffix}" for name in names))
+            roles.append(Role(made, gates * hidden, copies=gates))
+            roles.append(Role(((f"weight_hh{suffix}", 1),), hidden, () if suffix != "_l0" else (("hidden_size", 1),)))
+            if depth:
+                width = len(directions)
+                roles.append(Role(((f"weight_ih{suffix}", 1),), width * hidden, copies=width))
+    return roles

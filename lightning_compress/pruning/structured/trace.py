@@ -15,8 +15,10 @@ from lightning_compress.core.isolation import call, same_randomness
 from lightning_compress.core.paths import clean_path, get_layer, named_layers
 from lightning_compress.pruning.structured.build import GroupBuilder
 from lightning_compress.pruning.structured.groups import ChannelGroup, Coupling
+from lightning_compress.pruning.structured.heads import ATTENTION, head_groups
 from lightning_compress.pruning.structured.obstacles import Obstacles
-from lightning_compress.pruning.structured.roles import CUTTABLE
+from lightning_compress.pruning.structured.roles import CUTTABLE, SELECTABLE
+from lightning_compress.pruning.structured.stand_ins import put_stand_ins
 from lightning_compress.pruning.structured.trial import try_cuts
 
 
@@ -43,12 +45,13 @@ def coupled_groups(model: nn.Module, example_inputs: object, ignored: Mapping[st
     >>> [(group.name, group.channels, len(group.touches)) for group in found.groups], dict(found.left)
     ([('0', 4, 3)], {'3': "its outputs are the model's outputs"})
     """
-    candidates = {path: layer for path, layer in named_layers(model).items() if isinstance(layer, CUTTABLE)}
+    candidates = {path: layer for path, layer in named_layers(model).items() if isinstance(layer, SELECTABLE)}
     obstacles = Obstacles(model, ignored or {})
     found: list[ChannelGroup] = []
-    left: dict[str, str] = {}
     order = {path: index for index, path in enumerate(candidates)}
-    for group, problem in sorted(_trace(model, example_inputs), key=lambda item: order[item[0].name]):
+    traced, called = _trace(model, example_inputs)
+    heads, left = head_groups(model, called)
+    for group, problem in sorted([*traced, *((each, "") for each in heads)], key=lambda item: order[item[0].name]):
         problem = problem or obstacles.of(group)
         if problem:
             left |= {path: obstacles.explain(path, problem) for path in group.producers}
@@ -67,8 +70,8 @@ def coupled_groups(model: nn.Module, example_inputs: object, ignored: Mapping[st
 
 def _unseen(model: nn.Module, path: str) -> str:
     owner = get_layer(model, path.rpartition(".")[0])
-    if isinstance(owner, nn.MultiheadAttention):
-        return "it belongs to attention, whose heads and stream of inputs are not cut"
+    if isinstance(owner, ATTENTION):
+        return "it belongs to attention, whose heads can go, but not the width of its outputs"
     return "the model does not use it when it runs on the example inputs"
 
 
@@ -83,13 +86,17 @@ class _Forward(nn.Module):
         return [tensor for tensor in tensors_in(call(self.model, inputs)) if tensor.requires_grad]
 
 
-def _trace(model: nn.Module, example_inputs: object) -> list[tuple[ChannelGroup, str]]:
-    """Return every group that the graph knows, with what speaks against cutting it."""
+def _trace(model: nn.Module, example_inputs: object) -> tuple[list[tuple[ChannelGroup, str]], set[str]]:
+    """Return every group that the graph knows, with what speaks against cutting it; and the attention that runs."""
     tp: Any = _torch_pruning()
     with torch.inference_mode(False), torch.enable_grad(), same_randomness(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         copied = full_copy(model).requires_grad_(True)
+        stand_ins = put_stand_ins(copied)
+        originals = {linear: layer for linear, (_, layer) in stand_ins.items()}
         paths: dict[object, str] = {module: path for path, module in named_layers(copied).items()}
+        paths |= {linear: path for linear, (path, _) in stand_ins.items()}
+        called = _watch(copied)
         paths |= {parameter: clean_path(name) for name, parameter in copied.named_parameters()}
         graph: Any = tp.DependencyGraph()
         try:
@@ -103,7 +110,17 @@ def _trace(model: nn.Module, example_inputs: object) -> list[tuple[ChannelGroup,
                 f"`example_inputs`: {type(model).__name__} could not be traced on them ({type(error).__name__}: "
                 f"{error}); pass one batch that its forward takes, or leave parts out with `select`"
             ) from error
-        return [GroupBuilder(paths, group, graph.is_out_channel_pruning_fn).build() for group in found]
+        known = graph.is_out_channel_pruning_fn
+        return [GroupBuilder(paths, group, known, originals).build() for group in found], called
+
+
+def _watch(model: nn.Module) -> set[str]:
+    """Return a set that will hold the paths of the attention modules that have run."""
+    called: set[str] = set()
+    for path, module in named_layers(model).items():
+        if isinstance(module, ATTENTION):
+            module.register_forward_pre_hook(lambda *_, path=path: called.add(path))
+    return called
 
 
 def _torch_pruning() -> Any:
