@@ -217,7 +217,7 @@ class Reference(Callback):
 
 def test_grown_weights_start_at_zero_where_the_gradient_is_largest_and_forget_their_momentum() -> None:
     reference = Reference()
-    method = DynamicSparseTraining(0.6, every={"step": 100})
+    method = DynamicSparseTraining(0.6, every={"step": 12})
     seed_everything(0, verbose=False)
     Trainer(callbacks=[method, reference], max_epochs=1, **QUIET).fit(Net())
     packed = method.values()["mask:first.weight"]
