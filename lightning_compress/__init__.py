@@ -35,7 +35,13 @@ from lightning_compress.pruning import (
 )
 from lightning_compress.pruning.dynamic import DynamicSparseTraining
 from lightning_compress.pruning.lottery import LotteryTicket
-from lightning_compress.pruning.structured import StructuredPruning, coupled_groups, recalibrate_batch_norm
+from lightning_compress.pruning.sparsity import SparsityRegularization, StrengthRule
+from lightning_compress.pruning.structured import (
+    StructuredPruning,
+    ZeroChannelRemoval,
+    coupled_groups,
+    recalibrate_batch_norm,
+)
 
 __version__ = "0.1.0"
 
@@ -64,7 +70,10 @@ __all__ = [
     "Schedule",
     "Select",
     "SelectionError",
+    "SparsityRegularization",
+    "StrengthRule",
     "StructuredPruning",
+    "ZeroChannelRemoval",
     "apply",
     "compress",
     "coupled_groups",

@@ -22,6 +22,8 @@ LIGHTNING_FILES = {
     "core/callback.py",
     "core/checks.py",
     "core/clock.py",
+    "distillation/module.py",
+    "distillation/steps.py",
     "evaluation/metrics.py",
     "stages.py",
 }

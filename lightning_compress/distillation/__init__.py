@@ -1,6 +1,7 @@
 """Distillation: a small student learns from a large teacher."""
 
 from lightning_compress.distillation.adapters import Adapters, Regressor
+from lightning_compress.distillation.callbacks import Distillation
 from lightning_compress.distillation.losses import (
     AttentionTransfer,
     BoundedRegression,
@@ -21,7 +22,12 @@ from lightning_compress.distillation.losses import (
     SelfDistillation,
     SimilarityPreserving,
 )
+from lightning_compress.distillation.module import DistillationModule
+from lightning_compress.distillation.schedule import Ramp
+from lightning_compress.distillation.supervised import Supervised
 from lightning_compress.distillation.teacher import Answer, Question, Teacher
+from lightning_compress.distillation.teachers import Ensemble, FunctionTeacher, ModuleTeacher, as_teacher, load_teacher
+from lightning_compress.distillation.terms import Term
 
 __all__ = [
     "Adapters",
@@ -31,20 +37,30 @@ __all__ = [
     "ChannelWiseDistillation",
     "ContrastiveRepresentation",
     "DecoupledDistillation",
+    "Distillation",
     "DistillationLoss",
+    "DistillationModule",
+    "Ensemble",
     "FitNetsHints",
     "FlowDistillation",
+    "FunctionTeacher",
     "KnowledgeDistillation",
     "LogitsMSE",
+    "ModuleTeacher",
     "MultiLabelDistillation",
     "MutualLearning",
     "NoisyTeacher",
     "ProbabilisticTransfer",
     "Question",
+    "Ramp",
     "RegressionDistillation",
     "Regressor",
     "RelationalDistillation",
     "SelfDistillation",
     "SimilarityPreserving",
+    "Supervised",
     "Teacher",
+    "Term",
+    "as_teacher",
+    "load_teacher",
 ]

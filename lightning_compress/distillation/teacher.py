@@ -53,9 +53,6 @@ class Teacher(ABC):
     A teacher that reads stored outputs implements :meth:`split` and :meth:`answer` and nothing else.
     """
 
-    has_layers: bool = False
-    """Whether :meth:`answer` can return features; a pair of layers with a teacher that has none is refused."""
-
     has_validation: bool = True
     """Whether it can be asked about other data than the training data; metrics of it are logged only then."""
 
@@ -70,6 +67,10 @@ class Teacher(ABC):
         ``None`` where it has no answer for data other than the training data.
         """
 
+    def layers(self) -> tuple[str, ...]:
+        """Return the paths of the layers whose outputs it can answer with; empty for one that has only its output."""
+        return ()
+
     def to(self, device: torch.device) -> Teacher:
         """Move what it computes with to a device, and return itself; called before training and before validation."""
         return self
@@ -77,3 +78,7 @@ class Teacher(ABC):
     def fingerprint(self) -> str:
         """Return a short text that changes when the teacher does; compared on resume. Empty for one that has none."""
         return ""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
+        """Return itself: nothing changes a teacher, so copies of the student share it."""
+        return self

@@ -1,0 +1,267 @@
+"""Distillation for training code that cannot be wrapped: a callback that changes gradients, not the training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_compress.core.callback import CompressionCallback
+from lightning_compress.core.clock import UpdateClock, callbacks_of, horizon_of
+from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.distillation.engine import Distiller
+from lightning_compress.distillation.fit import dtype_of, example_of, join_optimizer, reduce_gradients, share_values
+from lightning_compress.distillation.injection import Injector
+from lightning_compress.distillation.losses import KnowledgeDistillation
+from lightning_compress.distillation.schedule import Value
+from lightning_compress.distillation.taps import Record
+from lightning_compress.distillation.teachers import BASELINE
+from lightning_compress.distillation.terms import Losses
+
+
+class Distillation(Callback):
+    r"""Train under a teacher without touching ``training_step`` (Hinton et al. 2015, arXiv 1503.02531).
+
+    Forward hooks see what the student's layers return. Right before each backward pass the teacher is asked with the
+    same inputs, the losses are computed on detached copies z' of what was seen, and their gradients are added where the
+    task's own backward pass goes through z:
+
+    .. math:: \frac{\partial L}{\partial z} = w_{task} \frac{\partial L_{task}}{\partial z} +
+        \sum_i w_i \frac{\partial L_i}{\partial z'}
+
+    Parameters get exactly the gradients of :class:`DistillationModule`, in one backward pass of the student, also with
+    gradient accumulation, gradient scaling, several optimizers, manual optimization and DDP.
+
+    What it cannot do, and the module can:
+
+    - the loss that ``training_step`` returns and logs stays the task's own; ``distill/*`` is logged beside it;
+    - a layer counts only if the task's loss depends on what it returned (an error says so if not), so not one inside a
+      ``torch.compile``-d part (the part as a whole can be tapped), and not with a step that is skipped (``None``);
+    - ``task_weight`` scales what flows back through the student's output; penalties that ``training_step`` adds for
+      other tensors keep their weight;
+    - gradients that ``training_step`` takes itself (``autograd.grad``) know nothing of the teacher;
+    - with manual optimization the loss must not have been divided for accumulation, or divide the weights too;
+    - stored teacher outputs need batches that it cannot take apart: use the module for a teacher cache.
+
+    Put it before callbacks that edit the structure (replaced layers), so that ``"baseline"`` is the model as it was.
+
+    Runs on: any device, ``ddp``; refuses nothing that the student's own training does.
+
+    Args:
+        teacher: As for :class:`DistillationModule`; default ``"baseline"``, a frozen copy of the student made when
+            training starts, for a student that is compressed.
+        losses: Losses or :class:`Term` s: one, a list, or a mapping by name. Default: soft targets.
+        temperature: Of losses that soften, above 0, or a :class:`Ramp`.
+        task_weight: Of the student's own loss, at least 0, or a :class:`Ramp`; see above.
+        student_output: The submodule whose output is compared; default the module itself.
+        target: Position or key of the labels in a batch, for losses that look at them.
+        name: Tells two of these callbacks apart.
+
+    Raises:
+        ConfigurationError: For values out of range; before the first epoch for layers that do not exist or fit.
+
+    >>> Distillation(teacher="baseline", temperature=2.0).distiller.temperature
+    2.0
+    """
+
+    def __init__(
+        self,
+        teacher: Any = BASELINE,
+        losses: Losses | None = None,
+        temperature: Value = 4.0,
+        task_weight: Value = 1.0,
+        student_output: str = "",
+        target: int | str | None = None,
+        name: str | None = None,
+    ) -> None:
+        given = KnowledgeDistillation() if losses is None else losses
+        self.distiller = Distiller(teacher, given, temperature, task_weight, student_output, target)
+        self.name = name
+        self.teacher = teacher
+        self.baseline: nn.Module | None = None
+        self._clock = UpdateClock()
+        self._live: _Batch | None = None
+        self._logged: dict[str, Tensor] = {}
+
+    # ------------------------------------------------------------------ before training
+
+    @property
+    def state_key(self) -> str:
+        """Key of this callback's state in a checkpoint."""
+        return type(self).__qualname__ + (f"[{self.name}]" if self.name else "")
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Settle the teacher, match layers, check shapes and build adapters, before optimizers exist."""
+        if stage != "fit":
+            return
+        callbacks = callbacks_of(trainer)
+        early = [c for c in callbacks[: callbacks.index(self)] if _edits_before_fit(c)]
+        if early and self.teacher == BASELINE and self.baseline is None:
+            raise ConfigurationError(
+                f"`callbacks` has {type(early[0]).__name__} before Distillation(teacher='baseline'), so the baseline "
+                "would be edited already; put Distillation before it"
+            )
+        if is_overridden("configure_model", pl_module):
+            pl_module.configure_model()
+        self.distiller.take_teacher(pl_module, self.baseline)
+        self.distiller.prepare(pl_module, lambda: example_of(pl_module, _loaders(trainer, pl_module)))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Move what is not the student's own, and let an optimizer train what is learnt."""
+        self.distiller.to(pl_module.device, dtype_of(pl_module))
+        share_values(self.distiller.modules())
+        join_optimizer(trainer.optimizers, self.distiller.parameters())
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Resolve ramps against the run."""
+        self.distiller.resolve(horizon_of(trainer), clamp=bool(getattr(trainer, "fast_dev_run", False)))
+        self._clock = UpdateClock(self.distiller.updates)
+        self._clock.start(trainer)
+
+    # ------------------------------------------------------------------ while training
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin to watch the student."""
+        self._close()
+        self._live = _Batch(self.distiller, pl_module, batch, batch_idx)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Compute the losses and lay their gradients ready."""
+        live = self._live
+        if live is None:
+            return
+        if not live.record[self.distiller.student_output] and not pl_module.automatic_optimization:
+            return  # a backward pass of something else
+        with trainer.precision_plugin.train_step_context(), torch.enable_grad():
+            objective = self.distiller.objective_of(live.record, live.batch, live.batch_idx, None)
+        live.clear()
+        if objective is not None:
+            self._logged = {**objective.parts, "loss": objective.total.detach()}
+            weight = self.distiller.now(self.distiller.task_weight)
+            live.injector.provide(objective.total * _loss_scale(trainer, pl_module), weight)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make sure that the gradients went where they belong."""
+        if self._live is not None and pl_module.automatic_optimization:
+            self._live.injector.check()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Average gradients of adapters over processes."""
+        reduce_gradients(optimizer, self.distiller.parameters())
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the update and log."""
+        if self._live is not None:
+            self._live.injector.check()
+        self._close()
+        self._clock.tick(trainer)
+        self.distiller.updates = self._clock.updates
+        if self._logged:
+            prefix = f"distill/{self.name}/" if self.name else "distill/"
+            values: dict[str, Any] = {prefix + name: value for name, value in self._logged.items()}
+            pl_module.log_dict(values, on_step=True, on_epoch=False)
+
+    # ------------------------------------------------------------------ while validating
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Begin to watch the student."""
+        teacher = self.distiller.teacher
+        if teacher is not None and teacher.has_validation and self.distiller.ready:
+            self._close()
+            self._live = _Batch(self.distiller, pl_module, batch, batch_idx, with_graph=False)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Log how student and teacher compare."""
+        if self._live is None:
+            return
+        with trainer.precision_plugin.val_step_context():
+            values, count = self.distiller.compare(self._live.record, batch, batch_idx)
+        self._close()
+        prefix = f"teacher/{self.name}/" if self.name else "teacher/"
+        for name, value in values.items():
+            pl_module.log(prefix + name, value, batch_size=count, sync_dist=True)
+
+    # ------------------------------------------------------------------ afterwards
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the run."""
+        self._close()
+        self.distiller.rest()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the run."""
+        self._close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return position, adapters and buffers of losses: tensors and builtins only."""
+        return self.distiller.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them back, when a fit is resumed."""
+        if self.distiller.ready:
+            self.distiller.load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a batch."""
+        state = {**self.__dict__, "_live": None, "_logged": {}}
+        return {key: value for key, value in state.items() if key not in ("log", "log_dict")}  # the module's, lent
+
+    def _close(self) -> None:
+        if self._live is not None:
+            self._live.close()
+        self._live = None
+
+
+class _Batch:
+    """The taps of one batch, and the gradients on their way into it."""
+
+    def __init__(
+        self, distiller: Distiller, module: nn.Module, batch: Any, batch_idx: int, with_graph: bool = True
+    ) -> None:
+        self.batch, self.batch_idx = batch, batch_idx
+        self.injector = Injector(distiller.student_output)
+        self._stack = ExitStack()
+        keep = self.injector.leaf if with_graph else None
+        self.record: Record = self._stack.enter_context(distiller.watch(module, with_graph, keep))
+
+    def clear(self) -> None:
+        for calls in self.record.values():
+            calls.clear()
+
+    def close(self) -> None:
+        self.clear()
+        self._stack.close()
+
+
+def _edits_before_fit(callback: Callback) -> bool:
+    return isinstance(callback, CompressionCallback) and type(callback).prepare is not CompressionCallback.prepare
+
+
+def _loaders(trainer: Trainer, module: LightningModule) -> list[Callable[[], Any]]:
+    owners = (getattr(trainer, "datamodule", None), module)
+    return [o.train_dataloader for o in owners if o is not None and is_overridden("train_dataloader", o)]
+
+
+def _loss_scale(trainer: Trainer, module: LightningModule) -> float:
+    """Return what the loss has been multiplied with on its way from ``training_step`` to the backward pass."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scale = float(scaler.get_scale()) if scaler is not None else 1.0
+    return scale / trainer.accumulate_grad_batches if module.automatic_optimization else scale

@@ -1,0 +1,272 @@
+"""A LightningModule that trains any student under any teacher."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_compress.core.clock import UpdateClock, horizon_of
+from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.paths import original
+from lightning_compress.distillation.engine import Distiller
+from lightning_compress.distillation.faces import blank, check_names, joint_class, lend_defaults, share
+from lightning_compress.distillation.fit import (
+    dtype_of,
+    example_of,
+    join_optimizer,
+    reduce_gradients,
+    share_values,
+)
+from lightning_compress.distillation.losses import KnowledgeDistillation
+from lightning_compress.distillation.schedule import Value
+from lightning_compress.distillation.steps import ComparedStep, SupervisedStep, call_step
+from lightning_compress.distillation.supervised import Supervised
+from lightning_compress.distillation.terms import Losses
+
+ENTRY = "distillation"
+"""Key of what is learnt beside the student in a Lightning checkpoint."""
+
+_HARMLESS = frozenset({"device", "dtype", "forward", "example_input_array", "hparams"})
+
+
+class DistillationModule(LightningModule):
+    r"""Train a student under a teacher, as a LightningModule for any Trainer (Hinton et al. 2015, arXiv 1503.02531).
+
+    .. math:: L = w_{task}\, L_{task} + \sum_i w_i\, L_i(\text{student}, \text{teacher}; T)
+
+    The result *is* the student with a second face: an object of a class that inherits from the student's and shares
+    everything it holds. Its ``training_step``, metrics, hyper-parameters, optimizers, hooks and manual optimization run
+    as they are; layer names, ``state_dict`` and checkpoints are the student's own, so ``Student.load_from_checkpoint``
+    and compression callbacks see an ordinary student. What it returns is found by a forward hook during its own
+    ``training_step``, and the teacher is asked with the very same inputs, augmented and mixed as they are.
+
+    The teacher is frozen, in evaluation mode, under ``no_grad`` and the step's autocast, on the student's device, and
+    in no checkpoint, optimizer, ``parameters()`` or DDP bucket. Adapters that losses on features need are made from one
+    batch before optimizers exist, join the first group of the first optimizer, and lie in an entry of their own in
+    checkpoints; exported students never had them. With manual optimization the objective is added to the first
+    ``manual_backward`` after the student ran. While validating, ``teacher/agreement`` and the teacher's accuracy (or
+    squared error) are logged beside the student's metrics.
+
+    The student is trained in place: ``module.student`` is the object that was given. It does not help where the
+    teacher is no better than the student, or where the student cannot fit the task itself.
+
+    Args:
+        student: A LightningModule, or a plain module (then ``task`` says how it is trained).
+        teacher: A module, a checkpoint's path, ``"baseline"`` (a frozen copy of the student as it is now), a
+            function of (batch, batch_idx), a :class:`Teacher`, or a list, whose mean counts; ``None`` if no loss looks
+            at one.
+        losses: Losses or :class:`Term` s: one, a list, or a mapping by name. Default: soft targets.
+        temperature: Of losses that soften, above 0; a :class:`Ramp` changes it.
+        task_weight: Of the student's own loss, at least 0; a :class:`Ramp` changes it.
+        student_output: The submodule whose output is compared, such as ``"net"``, for a student that has no ``forward``
+            or does not call itself.
+        target: Position or key of the labels in a batch, for losses that look at them; found by itself in
+            ``(inputs, labels)`` and under usual keys.
+        task: Loss, optimizer and metric of a plain module; default cross entropy and Adam.
+
+    Raises:
+        ConfigurationError: For values out of range; before the first epoch for layers that do not exist or fit.
+
+    >>> module = DistillationModule(nn.Linear(4, 3), nn.Linear(4, 3))
+    >>> list(module.state_dict()), sum(p.numel() for p in module.parameters())
+    (['weight', 'bias'], 15)
+    """
+
+    __slots__ = ("clock", "distiller", "pending", "student")
+    student: nn.Module
+    distiller: Distiller
+    clock: UpdateClock
+    pending: tuple[Any, ...] | None
+
+    def __new__(cls, student: Any = None, *args: Any, task: Supervised | None = None, **kwargs: Any) -> Self:
+        """Return an object of the class that joins this one and the student's."""
+        _check_student(student)
+        front: tuple[type, ...] = (cls,)
+        if not isinstance(student, LightningModule):
+            check_names(student, LightningModule, _HARMLESS)
+            lend_defaults(student, LightningModule())
+            front = (cls, ComparedStep, SupervisedStep)
+        elif is_overridden("validation_step", student):
+            front = (cls, ComparedStep)
+        made: Self = blank(joint_class(*front, type(student)))
+        share(made, student)
+        return made
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Any = None,
+        losses: Losses | None = None,
+        temperature: Value = 4.0,
+        task_weight: Value = 1.0,
+        student_output: str = "",
+        target: int | str | None = None,
+        task: Supervised | None = None,
+    ) -> None:
+        given = KnowledgeDistillation() if losses is None else losses
+        distiller = Distiller(teacher, given, temperature, task_weight, student_output, target)
+        if task is not None and not isinstance(self, SupervisedStep):
+            raise ConfigurationError("`task` is for a plain module; this student is a LightningModule with its own")
+        if isinstance(self, SupervisedStep):
+            self.task = Supervised() if task is None else task
+        if isinstance(teacher, str | Path) and is_overridden("configure_model", self):
+            self.configure_model()
+        distiller.take_teacher(student)
+        self._begin(student, distiller)
+
+    def _begin(self, student: nn.Module, distiller: Distiller) -> None:
+        object.__setattr__(self, "student", student)  # not as a submodule: it is this one
+        self.distiller, self.clock, self.pending = distiller, UpdateClock(), None
+
+    # ------------------------------------------------------------------ steps
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """Run the student's own step and add what the teacher has to say."""
+        own, extra = self.distiller.split(batch)
+        try:
+            with self.distiller.watch(self) as record:
+                self.pending = (record, own, batch_idx, extra)
+                output = call_step(super().training_step, own, batch_idx)
+            if not self.automatic_optimization or output is None:
+                return output
+            if isinstance(output, Mapping):
+                return {**output, "loss": self._with_objective(output["loss"])}
+            return self._with_objective(output)
+        finally:
+            self.pending = None
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Add what the teacher has to say about the student's runs since the last backward, then go backward."""
+        if self.pending is not None and any(self.pending[0][self.distiller.student_output]):
+            loss = self._with_objective(loss)
+        super().manual_backward(loss, *args, **kwargs)
+
+    def _with_objective(self, loss: Tensor) -> Tensor:
+        record, batch, batch_idx, extra = self.pending or ({}, None, 0, None)
+        objective = self.distiller.objective_of(record, batch, batch_idx, extra)
+        for calls in record.values():
+            calls.clear()
+        if objective is None:
+            return loss
+        values = {f"distill/{name}": value for name, value in objective.parts.items()}
+        self.log_dict({**values, "distill/loss": objective.total.detach()})
+        return self.distiller.now(self.distiller.task_weight) * loss + objective.total
+
+    # ------------------------------------------------------------------ the run
+
+    def setup(self, stage: str) -> None:
+        """Match layers, check shapes and build adapters, before optimizers exist."""
+        super().setup(stage)
+        if stage != "fit":
+            return
+        if is_overridden("configure_model", self):
+            self.configure_model()
+        self.distiller.prepare(self, lambda: example_of(self, self._loaders()))
+
+    def on_fit_start(self) -> None:
+        """Move what is not the student's own, and let an optimizer train what is learnt."""
+        super().on_fit_start()
+        self.distiller.to(self.device, dtype_of(self))
+        share_values(self.distiller.modules())
+        join_optimizer(self.trainer.optimizers, self.distiller.parameters())
+
+    def on_train_start(self) -> None:
+        """Resolve ramps against the run."""
+        super().on_train_start()
+        self.distiller.resolve(horizon_of(self.trainer), clamp=bool(getattr(self.trainer, "fast_dev_run", False)))
+        self.clock = UpdateClock(self.distiller.updates)
+        self.clock.start(self.trainer)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count updates."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        self._tick()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Average gradients of adapters over processes."""
+        reduce_gradients(optimizer, self.distiller.parameters())
+        super().on_before_optimizer_step(optimizer)
+
+    def teardown(self, stage: str) -> None:
+        """Let go of the run."""
+        super().teardown(stage)
+        self.distiller.rest()
+        if isinstance(self, SupervisedStep):
+            self.trainer = None  # a plain network must not keep one: it would be copied along
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put what is learnt beside the student into an entry of its own."""
+        super().on_save_checkpoint(checkpoint)
+        self._tick()  # callbacks save before this module learns that the batch is over
+        checkpoint[ENTRY] = self.distiller.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it back, when a fit is resumed."""
+        super().on_load_checkpoint(checkpoint)
+        if not self.distiller.ready:
+            return
+        if ENTRY in checkpoint:
+            self.distiller.load_state_dict(checkpoint[ENTRY])
+        elif self.distiller.parameters():
+            raise ConfigurationError(
+                "the checkpoint was written without distillation and lacks the adapters; load its weights into the "
+                "student first, and start a new fit"
+            )
+
+    def _tick(self) -> None:
+        if self.distiller.ready:
+            self.clock.tick(self.trainer)
+            self.distiller.updates = self.clock.updates
+
+    def _loaders(self) -> list[Callable[[], Any]]:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        owners = (datamodule, self)
+        return [o.train_dataloader for o in owners if o is not None and is_overridden("train_dataloader", o)]
+
+    # ------------------------------------------------------------------ copies
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DistillationModule:
+        """Return a copy with tensors of its own and the same teacher."""
+        twin, student = blank(type(self)), blank(type(self.student))
+        memo |= {id(self): twin, id(self.student): student}
+        student.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        share(twin, student)
+        twin._begin(student, copy.deepcopy(self.distiller, memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle the joint class as the classes it is made of."""
+        return _revive, type(self).__bases__, (self.__getstate__(), self.distiller)
+
+    def __setstate__(self, state: Any) -> None:
+        """Take back what was pickled."""
+        held, distiller = state
+        student = blank(type(self).__bases__[-1])
+        student.__setstate__(held)
+        share(self, student)
+        self._begin(student, distiller)
+
+
+def _revive(*bases: type) -> Any:
+    return blank(joint_class(*bases))
+
+
+def _check_student(student: Any) -> None:
+    if not isinstance(student, nn.Module):
+        raise ConfigurationError(f"`student` must be a torch.nn.Module, got {type(student).__name__}")
+    if original(student) is not student:
+        raise ConfigurationError(
+            "`student` came out of torch.compile; give the module itself and call `module.compile()` on it or on its "
+            "network, which is as fast"
+        )
+    if isinstance(student, DistillationModule):
+        raise ConfigurationError("`student` is a DistillationModule already; give several losses to one")
+    if isinstance(student, LightningModule) and not is_overridden("training_step", student):
+        raise ConfigurationError(f"`student`: {type(student).__name__} has no training_step; pass its network instead")

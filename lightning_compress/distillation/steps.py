@@ -1,0 +1,71 @@
+"""Steps that a student's own are joined with: those of a plain network, and the comparison with its teacher."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_compress.distillation.engine import Distiller
+from lightning_compress.distillation.supervised import Supervised
+
+
+class SupervisedStep(LightningModule):
+    """The steps of a plain network, by its :class:`Supervised` task."""
+
+    task: Supervised
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the task's loss of one batch."""
+        inputs, target = self.task.split(batch)
+        loss = self.task.loss(self(inputs), target)
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log loss and metric of the validation data."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Log loss and metric of the test data."""
+        self._evaluate(batch, "test")
+
+    def configure_optimizers(self) -> Any:
+        """Build the task's optimizer and scheduler."""
+        optimizer = self.task.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        return optimizer if self.task.scheduler is None else ([optimizer], [self.task.scheduler(optimizer)])
+
+    def _evaluate(self, batch: Any, stage: str) -> None:
+        inputs, target = self.task.split(batch)
+        values = self.task.values(self(inputs), target)
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, prog_bar=True, sync_dist=True)
+
+
+class ComparedStep(LightningModule):
+    """Lets a student that validates be compared with its teacher on the same batches."""
+
+    distiller: Distiller
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Run the student's own step, and log ``teacher/agreement`` and how good the teacher is."""
+        step = super().validation_step
+        teacher = self.distiller.teacher
+        if teacher is None or not teacher.has_validation or not self.distiller.ready:
+            return call_step(step, batch, batch_idx, dataloader_idx)
+        with self.distiller.watch(self, with_graph=False) as record:
+            result = call_step(step, batch, batch_idx, dataloader_idx)
+        values, count = self.distiller.compare(record, batch, batch_idx)
+        for name, value in values.items():
+            self.log(f"teacher/{name}", value, batch_size=count, sync_dist=True)
+        return result
+
+
+def call_step(step: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a step with as many of (batch, batch_idx, dataloader_idx) as it takes."""
+    parameters = list(inspect.signature(step).parameters.values())
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return step(*arguments)
+    return step(*arguments[: len(parameters)])
