@@ -24,7 +24,9 @@ from lightning_compress import (
     Rule,
     Schedule,
     Select,
+    SparsityRegularization,
     StructuredPruning,
+    ZeroChannelRemoval,
     register_kind,
 )
 from lightning_compress.data.order import ResumableLoader
@@ -82,6 +84,15 @@ class MLP(nn.Module):
         return self.head(self.layers(x))
 
 
+class Silent(MLP):
+    """An MLP five of whose hidden neurons are zero, and get no gradient through the ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for parameter in self.layers[1].parameters():
+            nn.init.zeros_(parameter[3:8])
+
+
 def dataset() -> TensorDataset:
     """Return 48 fixed images of 6 x 6 in three classes."""
     generator = torch.Generator().manual_seed(7)
@@ -95,7 +106,7 @@ class Task(LightningModule):
     def __init__(self, net: str = "Mixed") -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.net = {"Mixed": Mixed, "Sequences": Sequences, "MLP": MLP}[net]()
+        self.net = {"Mixed": Mixed, "Sequences": Sequences, "MLP": MLP, "Silent": Silent}[net]()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -233,7 +244,13 @@ def _pruning(final: float = 0.75, every: int = 1, **arguments: Any) -> Callable[
     return lambda: IterativePruning(Schedule(final, end="60%", every={"step": every}), floor=0.02, **arguments)
 
 
+def _sparsity(strength: float, *arguments: Any, **more: Any) -> Callable[[], CompressionCallback]:
+    schedule = Schedule(1.0, end="60%", every={"step": 1})
+    return lambda: SparsityRegularization(strength, *arguments, schedule=schedule, **more)
+
+
 _HIDDEN = ("net.layers.1", "net.layers.3")
+_CONV3D = Select(types=("Conv3d",))
 _NOTHING = lambda: IterativePruning(0.5, Select(types=("Conv3d",)))  # noqa: E731
 
 ROWS = (
@@ -303,6 +320,24 @@ ROWS = (
         "compress/macs",
         finalized=tuple(("slice", f"net.{name}") for name in ("stem", "norm", "depthwise", "grouped", "head")),
         nothing=lambda: StructuredPruning(macs=0.5, select=Select(types=("Conv3d",))),
+    ),
+    *(
+        Row(f"sparsity_{name}", build, net, "compress/zero_groups", nothing=_sparsity(1.0, select=_CONV3D))
+        for name, net, build in (
+            ("l1", "Sequences", _sparsity(1.0, "l1")),
+            ("filters", "Mixed", _sparsity(1.0, "filter", threshold=0.6)),
+            ("channels_penalty", "Mixed", _sparsity(0.1, "channel", mode="penalty", threshold=0.8)),
+            ("depth", "Mixed", _sparsity(1.0, "depth", threshold=0.9)),
+            ("slimming", "Mixed", _sparsity(1.0, "slimming", threshold=0.98)),
+        )
+    ),
+    Row(
+        "zero_channels",
+        ZeroChannelRemoval,
+        "Silent",
+        "compress/channels",
+        finalized=tuple(("slice", path) for path in _HIDDEN),
+        nothing=lambda: ZeroChannelRemoval(_CONV3D),
     ),
     Row("probe_replace_by_data", RankFromData, "MLP", "compress/seen", tuple(("replace", p) for p in _HIDDEN)),
     Row(

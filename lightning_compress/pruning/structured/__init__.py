@@ -5,12 +5,14 @@ from lightning_compress.pruning.structured.callbacks import StructuredPruning
 from lightning_compress.pruning.structured.groups import ChannelGroup, Coupling, Touch
 from lightning_compress.pruning.structured.importance import channel_importance
 from lightning_compress.pruning.structured.trace import coupled_groups
+from lightning_compress.pruning.structured.zero_channels import ZeroChannelRemoval
 
 __all__ = [
     "ChannelGroup",
     "Coupling",
     "StructuredPruning",
     "Touch",
+    "ZeroChannelRemoval",
     "channel_importance",
     "coupled_groups",
     "recalibrate_batch_norm",
