@@ -20,6 +20,7 @@ SHARED = Path(os.environ.get("LIGHTNING_COMPRESS_DATA", Path(__file__).resolve()
         (models.DigitsCNN, (1, 8, 8), 151_306),
         (models.LeNet300100, (1, 28, 28), 266_610),
         (models.LeNet5, (1, 28, 28), 431_080),
+        (models.StagedCNN, (1, 28, 28), 82_266),
         (models.resnet20, (3, 32, 32), 269_722),
         (models.resnet32, (3, 32, 32), 464_154),
         (models.resnet44, (3, 32, 32), 658_586),
@@ -51,6 +52,17 @@ def test_shortcut_pads_channels_evenly_and_has_no_parameters():
     assert shortcut_a(features, 1, 1) is features
     block = BasicBlock(16, 32, stride=2)
     assert {name.split(".")[0] for name in block.state_dict()} == {"conv1", "bn1", "conv2", "bn2"}
+
+
+def test_staged_networks_are_thin_or_wide_with_maps_of_the_same_size():
+    teacher, student = models.StagedCNN(), models.StagedCNN((8, 8, 8), (2, 3, 3), batch_norm=False)
+    image = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    for net, channels in ((teacher, 32), (student, 8)):
+        assert net.stage2(net.stage1(image)).shape == (2, channels, 7, 7)
+    assert sum(isinstance(module, nn.Conv2d) for module in student.modules()) == 8
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in student.modules())
+    with pytest.raises(ConfigurationError, match=r"`depths` must be three numbers.*got \[2, 0, 2\]"):
+        models.StagedCNN(depths=(2, 0, 2))
 
 
 def test_resnet_depth_is_checked():
