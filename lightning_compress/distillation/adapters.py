@@ -42,6 +42,17 @@ def as_tuple(features: Features) -> tuple[Tensor, ...]:
     return (features,) if isinstance(features, Tensor) else tuple(features)
 
 
+def constant(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` without its graph, and as one that autograd may keep if it was made in inference mode.
+
+    >>> with torch.inference_mode():
+    ...     made = torch.ones(1)
+    >>> constant(made).is_inference()
+    False
+    """
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
 class Adapters(nn.Module):
     """One adapter a pair on the student's side, and where a loss trains one there (CRD), on the teacher's side too.
 
@@ -66,7 +77,7 @@ class Adapters(nn.Module):
     def forward(self, student: Features, teacher: Features) -> tuple[Features, Features]:
         """Return both sides' features after their adapters: tensors for tensors, tuples for tuples."""
         ours = tuple(module(part) for module, part in zip(self.student, as_tuple(student), strict=True))
-        theirs = tuple(module(part.detach()) for module, part in zip(self.teacher, as_tuple(teacher), strict=True))
+        theirs = tuple(module(constant(part)) for module, part in zip(self.teacher, as_tuple(teacher), strict=True))
         return (
             ours[0] if isinstance(student, Tensor) else ours,
             theirs[0] if isinstance(teacher, Tensor) else theirs,

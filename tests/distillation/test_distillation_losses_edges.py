@@ -148,6 +148,20 @@ def test_similarity_of_points_that_coincide_and_of_zeros() -> None:
             assert torch.isfinite(gradient).all()
 
 
+def test_tokens_are_averaged_over_their_length() -> None:
+    s = torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(0))
+    t = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
+    for make in (losses.RelationalDistillation, losses.ProbabilisticTransfer):
+        expected = make()(s.mean(1), t, None, 1.0)
+        assert torch.allclose(make(channel_dim=-1)(s, t, None, 1.0), expected)
+        assert torch.allclose(make()(s.transpose(1, 2), t, None, 1.0), expected)
+    crd = losses.ContrastiveRepresentation(4, 6, channel_dim=-1).eval()
+    adapter = crd.adapt([s.shape], [t.shape])
+    assert adapter is not None
+    flat = adapter(s.mean(1), t)
+    assert torch.allclose(crd(*adapter(s, t), None, 1.0), crd(*flat, None, 1.0))
+
+
 def test_a_dead_layer_has_no_attention_and_a_finite_gradient() -> None:
     student = torch.zeros(2, 3, 4, 4, requires_grad=True)
     found = losses.attention_transfer(student, torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(0)))

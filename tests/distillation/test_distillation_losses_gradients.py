@@ -54,6 +54,19 @@ def test_gradient_reaches_the_student_and_nothing_else(name: str) -> None:
         assert ours[-1].grad is None
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.teacher])
+def test_a_teacher_may_answer_in_inference_mode(name: str) -> None:
+    loss, adapter, (student, teacher, target) = build(name)
+    expected = value(loss.eval(), adapter, (student, teacher, target))
+    with torch.inference_mode():
+        answer = tuple(tensor * 1 for tensor in as_tuple(teacher))
+    for tensor in as_tuple(student):
+        tensor.requires_grad_()
+    found = value(loss, adapter, (student, answer if isinstance(teacher, tuple) else answer[0], target))
+    found.backward()
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_gradcheck(name: str) -> None:
     loss, adapter, inputs = build(name, batch=3)

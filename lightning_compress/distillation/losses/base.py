@@ -35,6 +35,16 @@ class DistillationLoss(nn.Module, ABC):
     Weights and their schedules are the wrapper's. Several pairs are summed, as the papers do. Nothing flows back into
     ``teacher``: it is detached inside. Losses with buffers (``state_dict`` not empty) need them saved for an exact
     resume; they move on in training mode only.
+
+    A loss of your own needs a name and ``forward``:
+
+    >>> class LargestError(DistillationLoss):
+    ...     name = "largest"
+    ...
+    ...     def forward(self, student, teacher, target, temperature):
+    ...         return self.over_pairs(lambda ours, theirs: (ours - theirs.detach()).abs().max(), student, teacher)
+    >>> LargestError()(torch.tensor([1.0, 3.0]), torch.tensor([1.5, 1.0]), None, 1.0)
+    tensor(2.)
     """
 
     name: ClassVar[str]

@@ -11,6 +11,7 @@ from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.distillation.adapters import Features, Regressor, check_dimensions, resize_like
 from lightning_compress.distillation.losses.base import DistillationLoss, Pair
 from lightning_compress.distillation.losses.numeric import (
+    check_integer,
     check_same,
     check_temperature,
     check_word,
@@ -76,6 +77,7 @@ class ChannelWiseDistillation(DistillationLoss):
     def __init__(self, on: Literal["output", "features"] = "output", seed: int = 0) -> None:
         super().__init__()
         check_word("on", on, ("output", "features"))
+        check_integer("seed", seed)
         self.on, self.seed = on, seed
 
     def pair(self, student: torch.Size, teacher: torch.Size, where: str) -> Pair:

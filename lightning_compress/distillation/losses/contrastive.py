@@ -15,6 +15,7 @@ from lightning_compress.distillation.losses.base import DistillationLoss, Pair
 from lightning_compress.distillation.losses.batch import pooled
 from lightning_compress.distillation.losses.numeric import (
     check_channel_dim,
+    check_integer,
     check_range,
     check_same,
     check_word,
@@ -170,11 +171,11 @@ class ContrastiveRepresentation(DistillationLoss):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_range("dimension", dimension, 1)
-        check_range("negatives", negatives, 1)
+        for key, number in {"dimension": dimension, "negatives": negatives, "population": population}.items():
+            check_integer(key, number, 1)
+        check_integer("seed", seed)
         check_range("temperature", temperature, 0, open_low=True)
         check_word("objective", objective, ("infonce", "nce"))
-        check_range("population", 1 if population is None else population, 1)
         check_channel_dim(channel_dim)
         self.channel_dim = channel_dim
         self.dimension, self.temperature, self.objective = dimension, temperature, objective

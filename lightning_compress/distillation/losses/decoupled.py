@@ -12,6 +12,7 @@ from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.distillation.adapters import Features
 from lightning_compress.distillation.losses.base import DistillationLoss
 from lightning_compress.distillation.losses.numeric import (
+    check_integer,
     check_range,
     check_same,
     check_temperature,
@@ -134,6 +135,7 @@ class DecoupledDistillation(DistillationLoss):
         super().__init__()
         check_range("alpha", alpha, 0)
         check_range("beta", beta, 0)
+        check_integer("ignore_index", ignore_index)
         self.alpha, self.beta, self.ignore_index = alpha, beta, ignore_index
 
     def forward(self, student: Features, teacher: Features, target: Tensor | None, temperature: float) -> Tensor:

@@ -19,6 +19,7 @@ from lightning_compress.distillation.adapters import (
 from lightning_compress.distillation.losses.base import DistillationLoss, Pair
 from lightning_compress.distillation.losses.numeric import (
     check_channel_dim,
+    check_integer,
     check_range,
     check_same,
     check_word,
@@ -206,6 +207,7 @@ class FitNetsHints(DistillationLoss):
         super().__init__()
         check_channel_dim(channel_dim)
         check_word("regressor", regressor, ("pointwise", "valid", "none"))
+        check_integer("seed", seed)
         self.channel_dim, self.regressor, self.batch_norm, self.seed = channel_dim, regressor, batch_norm, seed
 
     def pair(self, student: torch.Size, teacher: torch.Size, where: str) -> Pair:

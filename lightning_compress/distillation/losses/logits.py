@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_compress.distillation.adapters import Features
 from lightning_compress.distillation.losses.base import DistillationLoss
 from lightning_compress.distillation.losses.numeric import (
+    check_integer,
     check_range,
     check_same,
     check_word,
@@ -88,6 +89,7 @@ class LogitsMSE(DistillationLoss):
 
     def __init__(self, center: bool = False, class_dim: int = 1) -> None:
         super().__init__()
+        check_integer("class_dim", class_dim)
         self.center, self.class_dim = center, class_dim
 
     def forward(self, student: Features, teacher: Features, target: Tensor | None, temperature: float) -> Tensor:
@@ -128,6 +130,7 @@ class NoisyTeacher(DistillationLoss):
         super().__init__()
         check_range("sigma", sigma, 0)
         check_range("probability", probability, 0, 1)
+        check_integer("seed", seed)
         check_word("compare", compare, ("mse", "kd"))
         self.sigma, self.probability, self.compare, self.seed = sigma, probability, compare, seed
         self.step = 0

@@ -110,16 +110,31 @@ def check_temperature(temperature: float) -> None:
 
 
 def check_range(name: str, value: float, low: float, high: float = math.inf, open_low: bool = False) -> None:
-    """Refuse a number outside ``[low, high]``, or ``(low, high]`` if ``open_low``.
+    """Refuse what is no finite number in ``[low, high]``, or ``(low, high]`` if ``open_low``.
 
     Raises:
         ConfigurationError: With the range and the value.
     """
-    inside = (low < value if open_low else low <= value) and value <= high and not math.isinf(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    inside = number and (low < value if open_low else low <= value) and value <= high and not math.isinf(value)
     if not inside:
         above = f"above {low}" if open_low else f"at least {low}"
         raise ConfigurationError(
             f"`{name}` must be {above}{'' if math.isinf(high) else f' and at most {high}'}; got {value!r}"
+        )
+
+
+def check_integer(name: str, value: int | None, low: int | None = None) -> None:
+    """Refuse what is no integer of at least ``low``; ``None`` passes.
+
+    Raises:
+        ConfigurationError: With the value.
+    """
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or (low is not None and value < low):
+        raise ConfigurationError(
+            f"`{name}` must be an integer{'' if low is None else f', at least {low}'}; got {value!r}"
         )
 
 

@@ -12,6 +12,7 @@ from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.distillation.adapters import Features, resize_like
 from lightning_compress.distillation.losses.base import DistillationLoss, Pair, check_maps
 from lightning_compress.distillation.losses.numeric import (
+    check_integer,
     check_range,
     check_same,
     check_temperature,
@@ -181,6 +182,8 @@ class KnowledgeDistillation(DistillationLoss):
         super().__init__()
         check_word("direction", direction, DIRECTIONS)
         check_range("smoothing", smoothing, 0, 1)
+        check_integer("class_dim", class_dim)
+        check_integer("ignore_index", ignore_index)
         self.direction, self.class_dim, self.smoothing = direction, class_dim, smoothing
         self.ignore_index = ignore_index
 
