@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -311,3 +314,20 @@ def test_another_method_that_holds_masks_is_refused() -> None:
     )
     with pytest.raises(ConfigurationError, match="change the same weights; remove one of them"):
         trainer.fit(Net())
+
+
+@pytest.mark.slow
+def test_two_processes_prune_and_rewind_the_same(tmp_path: Path) -> None:
+    worker = Path(__file__).with_name("lottery_ddp_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker, tmp_path]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    for reset, held in first.items():
+        for part in ("state", "values"):
+            for key, value in held[part].items():
+                assert torch.equal(value, second[reset][part][key]), (reset, key)
+        assert held["history"] == second[reset]["history"]
+        assert int(held["values"]["round:"]) == 2
+        zeros = sum(int((held["state"][f"net.{name}.weight"] == 0).sum()) for name in ("stem", "depthwise", "grouped"))
+        assert zeros == round((1 - 0.6**2) * 176)

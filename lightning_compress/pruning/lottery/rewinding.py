@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from lightning_compress.core.errors import ConfigurationError, did_you_mean
 from lightning_compress.core.paths import clean_path
@@ -57,8 +57,19 @@ def prune_remaining(
 
 
 def take_copy(root: nn.Module) -> dict[str, Tensor]:
-    """Return copies, on the CPU, of all parameters and saved buffers of a module, each under one clean path."""
-    return {name: tensor.detach().cpu().clone() for name, tensor in _tensors(root).items()}
+    """Return copies, on the CPU, of all parameters and saved buffers of a module, each under one clean path.
+
+    In a distributed run all processes must call it at once; buffers, of which each has its own (running means of batch
+    norm), are those of the first process in every copy, as ``DistributedDataParallel`` does it.
+    """
+    shared = distributed.is_available() and distributed.is_initialized()
+    copies = {}
+    for name, tensor in _tensors(root).items():
+        copied = tensor.detach().clone()
+        if shared and not isinstance(tensor, nn.Parameter):
+            distributed.broadcast(copied, 0)
+        copies[name] = copied.cpu()
+    return copies
 
 
 def put_back(root: nn.Module, copy: Mapping[str, Tensor]) -> None:
