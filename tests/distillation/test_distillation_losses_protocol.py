@@ -1,6 +1,7 @@
 """What a wrapper relies on: pairs and shapes are checked, seeds decide, state resumes, copies are equal."""
 
 import copy
+import inspect
 import io
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from loss_cases import CASES
 from torch import Tensor
 
@@ -136,6 +138,13 @@ def test_negatives_of_the_own_class_are_left_out() -> None:
             assert torch.equal(loss(anchor, anchor, soft, 1.0), other)
 
 
+def test_arguments_can_be_written_in_yaml() -> None:
+    """YAML reads the words on, off, yes, no, y and n as booleans, also as keys."""
+    for cls in MODULES:
+        for argument in inspect.signature(cls).parameters:
+            assert yaml.safe_load(f"{argument}: 1") == {argument: 1}
+
+
 def errors() -> list[tuple[Any, list[str]]]:
     """Return what must be refused and words of the message."""
     kd, hints = losses.KnowledgeDistillation(), losses.FitNetsHints()
@@ -169,7 +178,7 @@ def errors() -> list[tuple[Any, list[str]]]:
         (lambda: losses.RegressionDistillation("mae"), ["`kind`"]),
         (lambda: losses.RegressionDistillation(delta=0), ["`delta`", "above 0"]),
         (lambda: losses.BoundedRegression(-1), ["`margin`"]),
-        (lambda: losses.ChannelWiseDistillation("maps"), ["`on`"]),
+        (lambda: losses.ChannelWiseDistillation("maps"), ["`where`"]),
         (lambda: losses.FitNetsHints(channel_dim=2), ["`channel_dim`", "-1"]),
         (lambda: losses.FitNetsHints(regressor="conv"), ["`regressor`"]),
         (lambda: losses.AttentionTransfer(power=0.5), ["`power`", "at least 1"]),

@@ -62,7 +62,7 @@ class ChannelWiseDistillation(DistillationLoss):
     Maps of another height and width are resized to the teacher's. Other channels get a convolution of size 1.
 
     Args:
-        on: ``output`` for score maps, ``features`` for taps.
+        where: ``output`` for score maps, ``features`` for taps.
         seed: Of the adapters.
 
     Raises:
@@ -74,11 +74,11 @@ class ChannelWiseDistillation(DistillationLoss):
 
     name = "cwd"
 
-    def __init__(self, on: Literal["output", "features"] = "output", seed: int = 0) -> None:
+    def __init__(self, where: Literal["output", "features"] = "output", seed: int = 0) -> None:
         super().__init__()
-        check_word("on", on, ("output", "features"))
+        check_word("where", where, ("output", "features"))
         check_integer("seed", seed)
-        self.on, self.seed = on, seed
+        self.on, self.seed = where, seed
 
     def pair(self, student: torch.Size, teacher: torch.Size, where: str) -> Pair:
         """Return a convolution of size 1 for other channels; on outputs channels are classes and must agree."""

@@ -119,7 +119,7 @@ class SelfDistillation(DistillationLoss):
 
     Args:
         hard: Weight of the shallow heads' own cross entropy with the target, at least 0.
-        on: ``output`` for a model that returns a tuple of heads from shallow to deep, ``features`` for taps on heads.
+        where: ``output`` for a model that returns a tuple of heads from shallow to deep, ``features`` for taps on heads.
 
     Raises:
         ConfigurationError: For a value outside these ranges.
@@ -132,11 +132,11 @@ class SelfDistillation(DistillationLoss):
     uses_teacher = False
     least_pairs = 2
 
-    def __init__(self, hard: float = 0.0, on: Literal["output", "features"] = "output") -> None:
+    def __init__(self, hard: float = 0.0, where: Literal["output", "features"] = "output") -> None:
         super().__init__()
         check_range("hard", hard, 0)
-        check_word("on", on, ("output", "features"))
-        self.hard, self.on = hard, on
+        check_word("where", where, ("output", "features"))
+        self.hard, self.on = hard, where
 
     def forward(self, student: Features, teacher: Features, target: Tensor | None, temperature: float) -> Tensor:
         """Return the loss, see :class:`DistillationLoss`; ``teacher`` is not looked at."""

@@ -105,7 +105,7 @@ class RelationalDistillation(BatchLoss):
     Args:
         distance: Weight of the distances, at least 0.
         angle: Weight of the angles, at least 0.
-        on: ``features``, or ``output`` for the models' outputs.
+        where: ``features``, or ``output`` for the models' outputs.
         channel_dim: 1, or -1 for tokens ``(N, L, C)`` and channels-last maps.
 
     Raises:
@@ -123,17 +123,17 @@ class RelationalDistillation(BatchLoss):
         self,
         distance: float = 25.0,
         angle: float = 50.0,
-        on: Literal["output", "features"] = "features",
+        where: Literal["output", "features"] = "features",
         channel_dim: int = 1,
     ) -> None:
         super().__init__()
         check_range("distance", distance, 0)
         check_range("angle", angle, 0)
-        check_word("on", on, ("output", "features"))
+        check_word("where", where, ("output", "features"))
         if distance == 0 and angle == 0:
             raise ConfigurationError("`distance` and `angle` are both 0, which compares nothing; give one a weight")
         check_channel_dim(channel_dim)
-        self.distance, self.angle, self.on, self.channel_dim = distance, angle, on, channel_dim
+        self.distance, self.angle, self.on, self.channel_dim = distance, angle, where, channel_dim
 
     def forward(self, student: Features, teacher: Features, target: Tensor | None, temperature: float) -> Tensor:
         """Return the loss, see :class:`DistillationLoss`."""

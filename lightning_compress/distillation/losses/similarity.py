@@ -95,7 +95,7 @@ class SimilarityPreserving(BatchLoss):
     """Which samples activate alike, see :func:`similarity_preserving`; the temperature is not used.
 
     Args:
-        on: ``features``, or ``output`` for the models' outputs.
+        where: ``features``, or ``output`` for the models' outputs.
 
     Raises:
         ConfigurationError: For another word.
@@ -106,10 +106,10 @@ class SimilarityPreserving(BatchLoss):
 
     name = "sp"
 
-    def __init__(self, on: Literal["output", "features"] = "features") -> None:
+    def __init__(self, where: Literal["output", "features"] = "features") -> None:
         super().__init__()
-        check_word("on", on, ("output", "features"))
-        self.on = on
+        check_word("where", where, ("output", "features"))
+        self.on = where
 
     def forward(self, student: Features, teacher: Features, target: Tensor | None, temperature: float) -> Tensor:
         """Return the loss, see :class:`DistillationLoss`."""
@@ -121,7 +121,7 @@ class ProbabilisticTransfer(BatchLoss):
 
     Args:
         eps: Keeps the logarithm finite, above 0.
-        on: ``features``, or ``output`` for the models' outputs.
+        where: ``features``, or ``output`` for the models' outputs.
         channel_dim: 1, or -1 for tokens ``(N, L, C)`` and channels-last maps.
 
     Raises:
@@ -133,12 +133,14 @@ class ProbabilisticTransfer(BatchLoss):
 
     name = "pkt"
 
-    def __init__(self, eps: float = 1e-7, on: Literal["output", "features"] = "features", channel_dim: int = 1) -> None:
+    def __init__(
+        self, eps: float = 1e-7, where: Literal["output", "features"] = "features", channel_dim: int = 1
+    ) -> None:
         super().__init__()
         check_range("eps", eps, 0, open_low=True)
-        check_word("on", on, ("output", "features"))
+        check_word("where", where, ("output", "features"))
         check_channel_dim(channel_dim)
-        self.eps, self.on, self.channel_dim = eps, on, channel_dim
+        self.eps, self.on, self.channel_dim = eps, where, channel_dim
 
     def forward(self, student: Features, teacher: Features, target: Tensor | None, temperature: float) -> Tensor:
         """Return the loss, see :class:`DistillationLoss`."""
