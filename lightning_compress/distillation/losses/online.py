@@ -119,7 +119,7 @@ class SelfDistillation(DistillationLoss):
 
     Args:
         hard: Weight of the shallow heads' own cross entropy with the target, at least 0.
-        where: ``output`` for a model that returns a tuple of heads from shallow to deep, ``features`` for taps on heads.
+        where: ``output`` for a model that returns a tuple of heads from shallow to deep, ``features`` for taps on them.
 
     Raises:
         ConfigurationError: For a value outside these ranges.
