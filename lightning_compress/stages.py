@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from lightning_compress.run.callbacks import (
     StopAfterPlan,
     carried_states,
     edits_structure,
+    give_baseline,
     newest_checkpoints,
 )
 from lightning_compress.run.folder import RunFolder
@@ -126,9 +128,12 @@ def plan_stages(settings: Settings, folder: RunFolder, data: LightningDataModule
     """
     outcome = Outcome(build_module(settings))
     plans: dict[str, str] = {}
-    known = True
+    known, has_baseline = True, False
     for stage in (one for one in _begin(settings, outcome) if one.round == 1):  # later ones depend on what is left
         callbacks = {name: build_callback(settings, name) for name in (*stage.callbacks, *stage.apply)}
+        make = partial(_baseline, settings, outcome) if outcome.baseline else None
+        give_baseline(callbacks, stage.name, make, planning=has_baseline)
+        has_baseline = has_baseline or stage.name == settings.baseline_after
         if stage.apply:
             _methods(stage, callbacks)
             known = False
@@ -170,6 +175,12 @@ def _restore(settings: Settings, folder: RunFolder, records: list[dict[str, Any]
     log.info("stage %s is done already", name)
 
 
+def _baseline(settings: Settings, outcome: Outcome) -> LightningModule:
+    module = build_module(settings)
+    module.load_state_dict(dict(outcome.baseline))
+    return module
+
+
 def _tensors(module: LightningModule) -> dict[str, Any]:
     return {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
 
@@ -181,9 +192,10 @@ def _run_stage(
     if stage.fresh:
         outcome.module, outcome.carried = build_module(settings), {}
     index = [other.name for other in settings.stages].index(stage.name)
+    callbacks = {name: build_callback(settings, name) for name in (*stage.callbacks, *stage.apply)}
+    give_baseline(callbacks, stage.name, partial(_baseline, settings, outcome) if outcome.baseline else None)
     seed_everything(settings.seed + index, workers=True, verbose=False)
     started = time.monotonic()
-    callbacks = {name: build_callback(settings, name) for name in (*stage.callbacks, *stage.apply)}
     if stage.apply:
         inputs = example_inputs(outcome.module, data)
         outcome.module = compress(outcome.module, *_methods(stage, callbacks), example_inputs=inputs)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -63,6 +64,10 @@ class Distillation(Callback):
         target: Position or key of the labels in a batch, for losses that look at them.
         name: Tells two of these callbacks apart.
 
+    Attributes:
+        baseline: Set it before ``fit`` to make ``"baseline"`` mean another model than the student as it is then.
+        plan_text: The plan as it was printed.
+
     Raises:
         ConfigurationError: For values out of range; before the first epoch for layers that do not exist or fit.
 
@@ -85,6 +90,7 @@ class Distillation(Callback):
         self.name = name
         self.teacher = teacher
         self.baseline: nn.Module | None = None
+        self.plan_text = ""
         self._clock = UpdateClock()
         self._live: _Batch | None = None
         self._logged: dict[str, Tensor] = {}
@@ -123,6 +129,8 @@ class Distillation(Callback):
         self.distiller.resolve(horizon_of(trainer), clamp=bool(getattr(trainer, "fast_dev_run", False)))
         self._clock = UpdateClock(self.distiller.updates)
         self._clock.start(trainer)
+        self.plan_text = self.distiller.plan(self.state_key)
+        rank_zero_info(self.plan_text)
 
     # ------------------------------------------------------------------ while training
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.plan import PlanRow, render_plan
 from lightning_compress.core.schedule import Horizon
 from lightning_compress.distillation.adapters import Adapters
 from lightning_compress.distillation.cached_data import take_cached
@@ -110,6 +111,18 @@ class Distiller:
             return
         seen, answer = run_example(self, student, example_inputs())
         self.adapters = build_adapters(self.terms, self.pairs, seen, answer)
+
+    def plan(self, title: str) -> str:
+        """Return what will be compared, as text: a row for each output and pair of layers."""
+        rows = []
+        for name, term in self.terms.items():
+            weight = term.weight if isinstance(term.weight, float) else f"{term.weight.begin:g} to {term.weight.end:g}"
+            action = f"{type(term.loss).__name__} x {weight}"
+            learnt = sum(p.numel() for p in self.adapters[name].parameters()) if name in self.adapters else 0
+            action += f", adapters of {learnt} weights" if learnt else ""
+            pairs = [str(pair) for pair in self.pairs.get(name, ())] or [self.student_output or "output"]
+            rows += [PlanRow(name, pair, "", action) for pair in pairs]
+        return render_plan(f"{title}: teacher {self.teacher or 'none'}", rows)
 
     def resolve(self, horizon: Horizon, clamp: bool = False) -> None:
         """Turn ramps into courses of a run of a given length."""

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -183,6 +184,7 @@ class DistillationModule(LightningModule):
         self.distiller.resolve(horizon_of(self.trainer), clamp=bool(getattr(self.trainer, "fast_dev_run", False)))
         self.clock = UpdateClock(self.distiller.updates)
         self.clock.start(self.trainer)
+        rank_zero_info(self.distiller.plan("DistillationModule"))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count updates."""

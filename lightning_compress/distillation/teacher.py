@@ -79,6 +79,9 @@ class Teacher(ABC):
         """Return a short text that changes when the teacher does; compared on resume. Empty for one that has none."""
         return ""
 
+    def __str__(self) -> str:
+        return type(self).__name__
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         """Return itself: nothing changes a teacher, so copies of the student share it."""
         return self

@@ -54,6 +54,9 @@ class ModuleTeacher(Teacher):
                 f"ModuleTeacher(module, output=...), one of {near}"
             )
 
+    def __str__(self) -> str:
+        return type(self.module).__name__
+
     def answer(self, question: Question) -> Answer:
         """Run the module."""
         if any(part.training for part in self.module.modules()):

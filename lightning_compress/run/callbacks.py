@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_compress.core.callback import CompressionCallback
+from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.distillation.callbacks import Distillation
+from lightning_compress.distillation.teachers import BASELINE
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,32 @@ def carried_states(callbacks: Mapping[str, Callback]) -> dict[str, dict[str, Any
         and type(callback).enforce is not CompressionCallback.enforce
         and callback.compressed is None
     }
+
+
+def give_baseline(
+    callbacks: Mapping[str, Callback], stage: str, make: Callable[[], LightningModule] | None, planning: bool = False
+) -> None:
+    """Tell callbacks with ``teacher: baseline`` which model that is: the one that the result is compared with.
+
+    Args:
+        callbacks: Those of a stage, by name.
+        stage: Its name, for the error.
+        make: Builds the baseline; ``None`` if there is none yet.
+        planning: Nothing will be trained, so a baseline that an earlier stage would make may be missing.
+
+    Raises:
+        ConfigurationError: If a callback wants a baseline and there is none.
+    """
+    for name, callback in callbacks.items():
+        if not isinstance(callback, Distillation) or callback.teacher != BASELINE:
+            continue
+        if make is not None:
+            callback.baseline = make()
+        elif not planning:
+            raise ConfigurationError(
+                f"`callbacks.{name}.teacher` is 'baseline', but stage {stage!r} runs before there is one; let it come "
+                "after the stage that `baseline_after` names, give `model.checkpoint`, or name another teacher"
+            )
 
 
 def edits_structure(callback: Callback) -> bool:
