@@ -131,6 +131,40 @@ def test_attention_does_not_see_the_order_of_channels_nor_scale(channels: int, s
     assert 0 <= found <= 2 / math.prod(size) + 1e-12, "unit vectors without negative entries are at most sqrt(2) apart"
 
 
+@FEW
+@given(
+    ours=st.tuples(st.integers(1, 5), st.lists(SIZES, min_size=3, max_size=3)),
+    theirs=st.tuples(st.integers(1, 5), st.lists(SIZES, min_size=3, max_size=3)),
+    dimensions=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_features_of_any_two_shapes_can_be_compared(ours: tuple, theirs: tuple, dimensions: int, seed: int) -> None:
+    """Signals, images, volumes and tokens; any channels and sizes on either side."""
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (
+        torch.randn(3, channels, *size[:dimensions], generator=generator) for channels, size in (ours, theirs)
+    )
+    for loss, moves in (
+        (losses.FitNetsHints(), False),
+        (losses.FitNetsHints(channel_dim=-1, batch_norm=True), True),
+        (losses.ChannelWiseDistillation("features"), False),
+        (losses.AttentionTransfer(), False),
+        (losses.AttentionTransfer(channel_dim=-1), True),
+        (losses.RelationalDistillation(channel_dim=-1), True),
+        (losses.SimilarityPreserving(), False),
+        (losses.ProbabilisticTransfer(), False),
+        (losses.ContrastiveRepresentation(4, 6, channel_dim=-1), True),
+    ):
+        sides = [side.movedim(1, -1) if moves else side for side in (student, teacher)]
+        leaf = sides[0].clone().requires_grad_()
+        adapter = loss.adapt(*([side.shape] for side in sides))
+        found = loss(*((leaf, sides[1]) if adapter is None else adapter(leaf, sides[1])), None, 2.0)
+        assert torch.isfinite(found)
+        assert found >= -1e-6
+        (gradient,) = torch.autograd.grad(found, leaf)
+        assert torch.isfinite(gradient).all()
+
+
 def test_similarity_of_points_that_coincide_and_of_zeros() -> None:
     points = torch.tensor([[1.0, 2.0], [1.0, 2.0], [0.0, 0.0], [3.0, 1.0]], requires_grad=True)
     teacher = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))

@@ -59,7 +59,7 @@ def self_distillation(
     .. math:: L = \sum_{k < K} T^2 D_{KL}(p_K \,\|\, p_k) + \lambda \, CE(p_k, y)
 
     The deepest head is a constant here; it learns from the task's own loss. The paper's third part, hints from deep
-    to shallow features, is ``FitNetsHints`` with both taps on the student.
+    to shallow features, is ``hint`` of the two, the shallow one through a ``Regressor``.
 
     Args:
         heads: Logits ``(N, C, ...)`` from shallow to deep, two or more, of one shape.
