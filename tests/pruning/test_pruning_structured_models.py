@@ -142,7 +142,7 @@ def test_sliced_equals_masked_and_meets_the_goal(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "reasons"),
     [
-        ("resnet20", {"conv1": "padded", "layer2.0.conv2": "padded", "linear": "model's outputs"}),
+        ("resnet20", {"linear": "model's outputs"}),
         ("vit", {"conv_proj": "LayerNorm", "encoder.layers.encoder_layer_0.self_attention.out_proj": "attention"}),
         ("resnet18", {"fc": "model's outputs"}),
         ("lstm", {"head": "model's outputs"}),
@@ -155,6 +155,35 @@ def test_what_stays_is_named(name: str, reasons: dict[str, str]) -> None:
         assert reason in found.left[path]
     cut = {path for group in found.groups for path in group.producers}
     assert not cut & set(found.left)
+
+
+class Padded(nn.Module):
+    """Channels are padded on one side, by a number that is fixed or follows from the widths."""
+
+    def __init__(self, fixed: int | None) -> None:
+        super().__init__()
+        self.fixed, self.stem = fixed, nn.Conv2d(3, 8, 3, padding=1)
+        self.wide, self.head = nn.Conv2d(8, 12, 3, padding=1), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        wide = self.wide(x)
+        missing = wide.shape[1] - x.shape[1] if self.fixed is None else self.fixed
+        return self.head((wide + nn.functional.pad(x, (0, 0, 0, 0, 0, missing))).mean((2, 3)))
+
+
+def test_padded_channels_are_groups_of_their_own() -> None:
+    groups = {group.name: group for group in lc.coupled_groups(resnet20(), IMAGES).groups}
+    assert groups["conv1"].channels == 16  # of all three stages: where they lie in the third
+    assert {t.path: t.positions[0] for t in groups["conv1"].touches}["layer3.2.conv2"] == 24
+    padded = {t.path: t.cut([0]) for t in groups["layer2.0.conv2"].touches}
+    assert padded["layer2.1.conv2"] == [0, 24]  # one before, one behind, so that both sides stay even
+    assert padded["layer3.0.conv2"] == [16, 40]
+    assert groups["layer3.0.conv2"].channels == 16
+
+    for fixed, expected in ((None, [("stem", 8), ("wide", 4)]), (4, [("stem", 8)])):
+        found = lc.coupled_groups(Padded(fixed), IMAGES)
+        assert [(group.name, group.channels) for group in found.groups] == expected
 
 
 @pytest.mark.slow

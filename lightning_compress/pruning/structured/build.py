@@ -38,7 +38,7 @@ class GroupBuilder:
 
     def build(self) -> tuple[ChannelGroup, str]:
         """Return the group, and what speaks against cutting it (or nothing)."""
-        name = self._paths[self._items[0].dep.target.module]
+        root = self._paths.get(self._items[0].dep.target.module)  # none for what stands for padded zeros
         for item in self._items:
             self._add(item)
         roots = sorted({self._root(channel) for channel in self._parent})
@@ -51,8 +51,8 @@ class GroupBuilder:
         if not self._problem and len(roots) < 2:
             self._problem = "its channels are all tied to each other by a grouped convolution"
         order = list(self._paths.values())
-        first = min([name, *(touch.path for touch in touches if touch.produces)], key=order.index)
-        return ChannelGroup(first, len(roots), tuple(touches)), self._problem
+        makers = [*([] if root is None else [root]), *(touch.path for touch in touches if touch.produces)]
+        return ChannelGroup(min(makers, key=order.index, default=""), len(roots), tuple(touches)), self._problem
 
     def _add(self, item: Any) -> None:
         module = item.dep.target.module

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lightning_compress.pruning.structured.build import GroupBuilder
 from lightning_compress.pruning.structured.groups import ChannelGroup, Coupling
 from lightning_compress.pruning.structured.heads import ATTENTION, head_groups
 from lightning_compress.pruning.structured.obstacles import Obstacles
+from lightning_compress.pruning.structured.phantoms import Phantoms, phantom_layers
 from lightning_compress.pruning.structured.roles import CUTTABLE, SELECTABLE
 from lightning_compress.pruning.structured.stand_ins import put_stand_ins
 from lightning_compress.pruning.structured.trial import try_cuts
@@ -78,12 +80,15 @@ def _unseen(model: nn.Module, path: str) -> str:
 class _Forward(nn.Module):
     """Shows a tracer a model's forward and nothing else of it: no trainer, no properties that raise."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, example_inputs: object) -> None:
         super().__init__()
         self.model = model
+        first = next(iter(model.parameters()), torch.zeros(()))
+        self.phantoms = phantom_layers(lambda: call(model.eval(), example_inputs)).to(first.device, first.dtype)
 
     def forward(self, inputs: object) -> list[torch.Tensor]:
-        return [tensor for tensor in tensors_in(call(self.model, inputs)) if tensor.requires_grad]
+        with Phantoms(self.phantoms) if len(self.phantoms) else nullcontext():
+            return [tensor for tensor in tensors_in(call(self.model, inputs)) if tensor.requires_grad]
 
 
 def _trace(model: nn.Module, example_inputs: object) -> tuple[list[tuple[ChannelGroup, str]], set[str]]:
@@ -101,9 +106,10 @@ def _trace(model: nn.Module, example_inputs: object) -> tuple[list[tuple[Channel
         graph: Any = tp.DependencyGraph()
         try:
             with torch.compiler.set_stance("force_eager"):
-                graph.build_dependency(
-                    _Forward(copied), example_inputs, forward_fn=lambda wrapped, inputs: wrapped(inputs), verbose=False
-                )
+                traced = _Forward(copied, example_inputs)
+                graph.build_dependency(traced, example_inputs, forward_fn=lambda m, inputs: m(inputs), verbose=False)
+                if len(traced.phantoms):
+                    _narrow_first(graph)
             found = list(graph.get_all_groups(root_module_types=CUTTABLE))
         except Exception as error:  # the model's own code and a tracer run here
             raise ConfigurationError(
@@ -111,7 +117,16 @@ def _trace(model: nn.Module, example_inputs: object) -> tuple[list[tuple[Channel
                 f"{error}); pass one batch that its forward takes, or leave parts out with `select`"
             ) from error
         known = graph.is_out_channel_pruning_fn
-        return [GroupBuilder(paths, group, known, originals).build() for group in found], called
+        built = [GroupBuilder(paths, group, known, originals).build() for group in found]
+        return [(group, problem) for group, problem in built if group.name], called
+
+
+def _narrow_first(graph: Any) -> None:
+    """Let groups start at narrow layers: a wide one would join the channels it is added to with padded ones."""
+    width = {
+        module: graph.get_out_channels(module) or 0 for module in graph.module2node if isinstance(module, CUTTABLE)
+    }
+    graph.module2node = dict(sorted(graph.module2node.items(), key=lambda item: width.get(item[0], 0)))
 
 
 def _watch(model: nn.Module) -> set[str]:
