@@ -19,6 +19,7 @@ from lightning_compress import __version__
 from lightning_compress.core.errors import ConfigurationError, did_you_mean
 from lightning_compress.run.explain import explain
 from lightning_compress.run.help import help_text
+from lightning_compress.run.overrides import check_overrides
 from lightning_compress.run.shipped import config_folder, register_recipes
 from lightning_compress.run.tasks import resume_run, run_settings
 
@@ -129,6 +130,7 @@ def _job(failures: list[_Failure]) -> Callable[[DictConfig], None]:
     def job(config: DictConfig) -> None:
         settings = HydraConfig.get()
         try:
+            check_overrides(config, settings.overrides.task)
             run_settings(config, Path(settings.runtime.output_dir))
         except Exception as error:
             log.debug("the run failed", exc_info=True)

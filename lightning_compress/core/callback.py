@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import weakref
-from typing import Any, ClassVar, final
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar, cast, final
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -32,6 +33,13 @@ from lightning_compress.core.plan import PlanRow, render_plan
 from lightning_compress.core.run import Layers, Run
 from lightning_compress.core.schedule import Schedule
 from lightning_compress.core.select import Select
+
+_FunctionT = TypeVar("_FunctionT", bound=Callable[..., Any])
+
+
+def _like_the_base(state_dict: _FunctionT) -> _FunctionT:
+    """Mark it so that Lightning leaves it to us (``check_trainer``) to ask callbacks for keys of their own."""
+    return cast(_FunctionT, functools.wraps(Callback.state_dict, assigned=(), updated=())(state_dict))
 
 
 class CompressionCallback(Method, Callback):
@@ -232,7 +240,7 @@ class CompressionCallback(Method, Callback):
         self._forget_run(pl_module)
 
     @final
-    @functools.wraps(Callback.state_dict, assigned=(), updated=())  # so that unique keys are asked for by check_trainer
+    @_like_the_base
     def state_dict(self) -> dict[str, Any]:
         """Return position, history and the method's values: tensors and builtins only."""
         return self.state()

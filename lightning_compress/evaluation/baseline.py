@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.copies import structure_copy, tensors_in
-from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.errors import ArtifactError, ConfigurationError
+from lightning_compress.core.files import load_tensors
 from lightning_compress.core.hooks import install_hooks
 from lightning_compress.evaluation.measurement import Measurement
 
@@ -64,10 +65,10 @@ def load_baseline(skeleton: nn.Module, path: str | Path, device: torch.device) -
         ConfigurationError: If the file cannot be read or its weights do not fit.
     """
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # a foreign file can raise almost anything
-        raise ConfigurationError(f"`baseline`: {str(path)!r} is not a checkpoint that can be read: {error}") from error
-    state: Mapping[str, Any] = content.get("state_dict", content) if isinstance(content, Mapping) else {}
+        content = load_tensors(path)
+    except ArtifactError as error:
+        raise ConfigurationError(f"`baseline`: {error}") from error
+    state: Mapping[str, Any] = content.get("state_dict", content)
     model = fill_skeleton(skeleton, device)
     install_hooks(model)
     try:

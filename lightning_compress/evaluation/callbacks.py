@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -61,7 +62,7 @@ class CompressionReport(Callback):
         seed: Seed that the report shows; by default the one that Lightning's ``seed_everything`` left.
 
     Raises:
-        ConfigurationError: If ``baseline`` is none of these, or ``dirpath`` cannot be a folder.
+        ConfigurationError: If ``baseline`` is none of these or does not fit, or ``dirpath`` cannot be a folder.
 
     Attributes:
         report: The report after fit, else ``None``.
@@ -105,7 +106,7 @@ class CompressionReport(Callback):
         self._finished = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Keep the structure, without weights, before any callback edits it; check that a baseline file is there."""
+        """Keep the structure, without weights, before any callback edits it; check that a baseline file fits it."""
         if stage != "fit":
             return
         self.report, self._finished, self._skeleton = None, False, None
@@ -122,6 +123,8 @@ class CompressionReport(Callback):
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()
         self._skeleton = None if len(journal_of(pl_module)) else take_skeleton(pl_module)
+        if self._skeleton is not None and isinstance(self.baseline, str | Path) and self.baseline != "initial":
+            load_baseline(self._skeleton, self.baseline, torch.device("cpu"))  # a misfit is an error before training
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the baseline's costs; a resumed run keeps those of its first start."""

@@ -53,7 +53,8 @@ def prediction_flip_rate(
         after: Another module with outputs of the same shape.
         batches: Tensors, or tuples and lists that start with the input tensor.
         predict: Returns the predicted classes (N, ...) for a module and a batch that lies on the module's device.
-            By default outputs (N, C, ...) are classed by the largest of C, outputs (N,) and (N, 1) by their sign.
+            By default outputs (N, C, ...) are classed by the largest of C, outputs (N,) and (N, 1) by their sign, and
+            nothing is compared if the targets (the second element of a batch) are those of a regression.
 
     Returns:
         The rate, 0 to 1. :func:`count_flips` also tells why there is none.
@@ -115,6 +116,8 @@ def _classes(
     if predict is not None:
         return predict(model, moved).cpu()
     outputs = model(_first_input(moved))
+    if isinstance(outputs, Tensor) and _regression(outputs, batch):
+        raise _UnknownError("the targets are quantities, not classes, so no prediction can flip")
     if not isinstance(outputs, Tensor):
         raise _UnknownError(f"the output is a {type(outputs).__name__}, not a tensor of scores; pass `predict`")
     if not outputs.is_floating_point() or outputs.dim() == 0:
@@ -124,6 +127,21 @@ def _classes(
     if outputs.dim() == 1 or outputs.shape[1:] == (1,):
         return signs.classes(outputs).flatten().cpu()
     return outputs.argmax(dim=1).cpu()
+
+
+def _regression(outputs: Tensor, batch: object) -> bool:
+    """Return whether the targets of a batch are quantities: no class numbers, no shares of classes."""
+    targets = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+    if not isinstance(targets, Tensor) or targets.is_complex() or not targets.numel():
+        return False
+    if outputs.dim() == 1 or outputs.shape[1:] == (1,):
+        return not bool(torch.isin(targets, torch.tensor([-1, 0, 1], device=targets.device)).all())
+    if not targets.is_floating_point():
+        return False
+    if targets.shape != outputs.shape:
+        return bool((targets != targets.round()).any())
+    shares = bool((targets >= 0).all()) and torch.allclose(targets.sum(1), targets.new_ones(()), atol=1e-3)
+    return not shares and not bool(torch.isin(targets, targets.new_tensor([0, 1])).all())
 
 
 def _first_input(batch: object) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_compress.core.errors import ArtifactError, ConfigurationError
+from lightning_compress.core.files import load_tensors
 
 CONFIG = "config.yaml"
 STATE = "state.json"
@@ -129,26 +130,6 @@ class RunFolder:
                 continue
             return path
         return None
-
-
-def load_tensors(path: Path) -> dict[str, Any]:
-    """Return the mapping that ``torch.save`` wrote, tensors and builtins only, on the CPU.
-
-    Raises:
-        ArtifactError: If the file is missing, damaged, or holds anything but tensors and builtins.
-    """
-    if not path.is_file():
-        raise ArtifactError(f"there is no file {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a different type for every way a file can be broken
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if reason.startswith("Weights only load failed"):  # torch's own text advises to run the code in the file
-            raise ArtifactError(f"{path} is not a file of tensors alone; pickled code is never loaded") from error
-        raise ArtifactError(f"{path} cannot be read; it is damaged, or not a file of tensors ({reason})") from error
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{path} holds a {type(content).__name__}, expected a mapping of tensors")
-    return content
 
 
 def _result_name(stage: str) -> str:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lightning_compress.coding.container import FORMAT
 from lightning_compress.core.checkpoint import load_compressed
 from lightning_compress.core.errors import ArtifactError, ConfigurationError, did_you_mean
+from lightning_compress.core.files import load_tensors
 from lightning_compress.core.hooks import JOURNAL_KEY
 from lightning_compress.data.paths import find_data
-from lightning_compress.run.folder import load_tensors
 
 ARGUMENT = "model.checkpoint"
 PRETRAINED = "model.pretrained"

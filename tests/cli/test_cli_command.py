@@ -189,3 +189,15 @@ def test_modules_of_the_user_in_the_current_folder(tiny: Callable[..., Any]) -> 
     report = json.loads(Path("run/report.json").read_text())
     assert report["baseline"]["parameters"] == 3 * 16 + 16 + 16 * 2 + 2
     assert "accuracy" in report["compressed"]["metrics"]
+
+
+def test_a_trainer_argument_that_stages_set_themselves(tiny: Callable[..., Any]) -> None:
+    own = "++stages.train.trainer={max_epochs: 1, accumulate_grad_batches: '${trainer.accumulate_grad_batches}'}"
+    partly = tiny(own, "trainer.max_epochs=2", "trainer.accumulate_grad_batches=2", "task=plan")
+    assert partly.code == 0
+    said = [line for line in (partly.out + partly.err).splitlines() if "does not reach" in line]
+    assert said == ["trainer.max_epochs does not reach stages that set their own: `stages.train.trainer.max_epochs`"]
+    refused = tiny(own, "++stages.prune.trainer.max_epochs=1", "trainer.max_epochs=2")
+    assert refused.code == 2
+    assert "`trainer.max_epochs` has no effect" in refused.err
+    assert "`stages.prune.trainer.max_epochs`" in refused.err

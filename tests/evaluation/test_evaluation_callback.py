@@ -320,16 +320,25 @@ def test_bad_baselines_are_refused_before_training(tmp_path):
         trainer(tmp_path, CompressionReport(baseline=str(tmp_path / "nowhere.ckpt"))).fit(Net(), datamodule=Digits())
 
 
-@pytest.mark.parametrize("content", [b"junk", {"state_dict": {"other": torch.zeros(1)}}])
-def test_a_baseline_file_that_does_not_fit_is_a_warning(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"junk", "it is damaged"),
+        ({"state_dict": {"other": torch.zeros(1)}}, "do not fit Net"),
+        ({"state_dict": nn.Linear(1, 1)}, "pickled code is never loaded"),
+    ],
+)
+def test_a_baseline_file_that_does_not_fit_is_refused_before_training(tmp_path, content, match):
     if isinstance(content, bytes):
         (tmp_path / "bad.ckpt").write_bytes(content)
     else:
         torch.save(content, tmp_path / "bad.ckpt")
-    callback = CompressionReport(baseline=tmp_path / "bad.ckpt", latency=False, gzip=False)
-    with pytest.warns(UserWarning, match="Loading the baseline failed"):
-        trainer(tmp_path, callback).fit(Net(), datamodule=Digits())
-    assert read(tmp_path / "compression")["baseline"]["metrics"] is None
+    net, callback = Net(), CompressionReport(baseline=tmp_path / "bad.ckpt", latency=False, gzip=False)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ConfigurationError, match=match) as error:
+        trainer(tmp_path, callback).fit(net, datamodule=Digits())
+    assert "weights_only" not in str(error.value)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
 def test_pickles_and_deepcopies_inside_a_fit(tmp_path):
@@ -419,10 +428,14 @@ def test_a_folder_that_cannot_be_one_is_refused_before_training(tmp_path):
 
 
 def test_a_baseline_that_does_not_load_is_not_called_missing(tmp_path):
-    torch.save({"other": torch.zeros(1)}, tmp_path / "other.ckpt")
+    class Overwrite(Callback):
+        def on_train_end(self, trainer, pl_module):
+            torch.save({"other": torch.zeros(1)}, tmp_path / "other.ckpt")
+
+    torch.save(Net().state_dict(), tmp_path / "other.ckpt")
     reporter = CompressionReport(tmp_path / "out", baseline=tmp_path / "other.ckpt", latency=False, gzip=False)
     with pytest.warns(UserWarning, match="do not fit Net"):
-        trainer(tmp_path, reporter).fit(Net(), datamodule=Digits())
+        trainer(tmp_path, reporter, Overwrite()).fit(Net(), datamodule=Digits())
     notes = " ".join(reporter.report["notes"])
     assert notes.count("the given baseline could not be loaded") == 2, "for the metrics and for the flip rate"
     assert "no baseline was given" not in notes

@@ -63,6 +63,28 @@ def test_unknown_with_a_reason(one, two, reason):
     assert reason in flips.reason
 
 
+@pytest.mark.parametrize(
+    ("shape", "targets", "flips"),
+    [
+        ((4,), torch.tensor([0.2, -1.5, 3.0, 0.7]), False),
+        ((4, 1), torch.tensor([[7], [0], [3], [1]]), False),
+        ((4, 1), torch.tensor([[1.0], [0.0], [0.0], [1.0]]), True),
+        ((4,), torch.tensor([1, -1, 1, -1]), True),
+        ((2, 2), torch.tensor([[0.3, -2.0], [1.5, 0.1]]), False),
+        ((2, 2), torch.tensor([0.3, -2.0]), False),
+        ((2, 2), torch.tensor([0.0, 1.0]), True),
+        ((2, 2), torch.tensor([1, 0]), True),
+        ((2, 2), torch.tensor([[0.9, 0.1], [0.25, 0.75]]), True),
+        ((2, 2), torch.tensor([[1.0, 1.0], [0.0, 1.0]]), True),
+    ],
+)
+def test_quantities_do_not_flip(shape, targets, flips):
+    one, two = torch.tensor([1.0, -1.0, 2.0, -2.0]).view(shape), torch.tensor([1.0, 1.0, -2.0, -1.0]).view(shape)
+    found = count_flips(*models(one, two), [(torch.zeros(1), targets)])
+    assert (found.rate is not None) == flips
+    assert flips or found.reason == "the targets are quantities, not classes, so no prediction can flip"
+
+
 def test_a_batch_without_a_tensor_and_no_batch_at_all():
     net = nn.Linear(1, 2)
     assert "dict" in count_flips(net, net, [{"x": torch.zeros(1, 1)}]).reason
