@@ -202,3 +202,27 @@ def test_recalibration_measures_plain_averages_and_gives_modes_back() -> None:
     assert net[0].training
     with pytest.raises(ConfigurationError, match="`batches` is empty"):
         recalibrate_batch_norm(net, [])
+
+
+def test_recalibration_of_frozen_unused_and_unmeasured_norms_and_of_a_failure() -> None:
+    net = nn.Sequential(
+        nn.BatchNorm1d(1, momentum=None),
+        nn.BatchNorm1d(1).eval().requires_grad_(False),
+        nn.BatchNorm1d(1, track_running_stats=False),
+        nn.ModuleDict({"unused": nn.BatchNorm1d(1)}),
+    )
+    net[3].forward = lambda x: x
+    net[3]["unused"].running_mean.fill_(7.0)
+    assert recalibrate_batch_norm(net, [torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0], [7.0]])]) == 2
+    assert net[0].running_mean.item() == 4.0
+    assert net[0].momentum is None
+    assert net[1].running_mean.item() == pytest.approx(0.0, abs=1e-6)
+    assert net[1].running_var.item() != 1.0
+    assert [net[i].training for i in (0, 1)] == [True, False]
+    assert net[3]["unused"].running_mean.item() == 7.0
+
+    kept = copy.deepcopy(net.state_dict())
+    for batches in ([], [torch.tensor([[9.0], [9.5]]), torch.zeros(2, 5)]):
+        with pytest.raises((ConfigurationError, RuntimeError, ValueError)):
+            recalibrate_batch_norm(net, batches)
+        assert all(torch.equal(value, kept[key]) for key, value in net.state_dict().items())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.isolation import call, device_of, evaluating, map_tensors
@@ -16,7 +16,9 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[object]) -> int:
 
     Removing channels shifts the inputs of the layers behind them, while the statistics still describe the old ones. A
     pass over a few hundred samples often regains much of the accuracy before any fine-tuning. Only batch norms run in
-    training mode, so dropout stays off; their momentum and all modes are given back.
+    training mode, so dropout stays off; their momentum (also ``None``) and all modes are given back. Norms that are
+    frozen or in evaluation mode are measured too: what they normalize has changed. Those without running statistics
+    and those that no batch reaches stay as they are, and so do all of them if a batch fails.
 
     Args:
         model: Any module, changed in place.
@@ -34,8 +36,8 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[object]) -> int:
     >>> norm.running_mean
     tensor([4.])
     """
-    norms = [m for m in model.modules() if isinstance(m, _NORMS)]
-    norms = [norm for norm in norms if norm.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, _NORMS) and m.track_running_stats]
+    before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
     momenta = [norm.momentum for norm in norms]
     device, count = device_of(model), 0
     with evaluating(model), torch.no_grad():
@@ -43,17 +45,26 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[object]) -> int:
             norm.reset_running_stats()
             norm.momentum = None  # a plain average over all batches
             norm.train()
+        done = False
         try:
             for batch in batches:
                 inputs = batch[0] if isinstance(batch, tuple | list) else batch
                 call(model, map_tensors(lambda tensor: tensor.to(device), inputs))
                 count += 1
+            done = count > 0
         finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
+            for norm, momentum, buffers in zip(norms, momenta, before, strict=True):
                 norm.momentum = momentum
+                if not done or not norm.num_batches_tracked:
+                    _restore(norm, buffers)
     if not count:
         raise ConfigurationError("`batches` is empty: give at least one batch to measure the statistics on")
     return count
+
+
+def _restore(norm: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    for name, buffer in norm.named_buffers():
+        buffer.copy_(buffers[name])
 
 
 _NORMS = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm

@@ -249,7 +249,8 @@ class StructuredPruning(CompressionCallback):
             }
             return choose_widths(scores, share, self._counted, self.ranking.scope, limits, self._cuts)
 
-        search.solve(widths_at, self._counted.share(self._least), self.limits.round_to)
+        share_of = self._counted.share
+        search.solve(widths_at, share_of, share_of(self._least), self.limits.round_to)
 
     def _ranked(
         self, groups: tuple[ChannelGroup, ...], layers: Layers

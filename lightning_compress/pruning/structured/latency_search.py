@@ -84,7 +84,13 @@ class LatencySearch:
                 "less, or look for what else takes the time"
             )
 
-    def solve(self, widths_at: Callable[[float, int], Widths], least: float, step: int) -> None:
+    def solve(
+        self,
+        widths_at: Callable[[float, int], Widths],
+        share_of: Callable[[Widths], float],
+        least: float,
+        step: int,
+    ) -> None:
         """Find the widths that keep the most while the model is fast enough, once.
 
         The share of operations is narrowed down by measuring; then multiples of 8 and 16 are tried at equal operations,
@@ -92,6 +98,7 @@ class LatencySearch:
 
         Args:
             widths_at: Returns widths for a share of the operations and a multiple.
+            share_of: Returns the share of the operations that widths have.
             least: The smallest share of the operations that can be had.
             step: Multiple that was asked for.
         """
@@ -104,7 +111,11 @@ class LatencySearch:
             return
         with closing(cast(Any, slow(range(_TRIES), "Measuring latencies"))) as tries:
             share, low = self._narrow(tries, widths_at, step, (least, self.figures["least_share"]), 5)
-            chosen = self._multiple(tries, widths_at, share, step)
+            slope = (1 - low) / (1 - share) if share < 1 else 0.0
+            found = {multiple: _try(widths_at, share, multiple) for multiple in self._steps(step)}
+            usable = {multiple: widths for multiple, widths in found.items() if widths is not None}
+            missing = {multiple: slope * (share - share_of(widths)) for multiple, widths in usable.items()}
+            chosen = self._multiple(tries, usable, missing, step)
             if chosen != step:
                 share, _ = self._narrow(tries, widths_at, chosen, (share, low), 4)
             self._verify(tries, widths_at, share, least, chosen)
@@ -162,16 +173,17 @@ class LatencySearch:
                 break
         return low
 
-    def _multiple(self, tries: Any, widths_at: Callable[[float, int], Widths], share: float, step: int) -> int:
-        """Return the multiple of channels that is fastest at the same operations."""
-        steps = [step, *(multiple for multiple in _MULTIPLES if multiple > step and multiple % step == 0)]
-        found = {multiple: _try(widths_at, share, multiple) for multiple in steps}
-        usable = {multiple: widths for multiple, widths in found.items() if widths is not None}
+    def _steps(self, step: int) -> list[int]:
+        return [step, *(multiple for multiple in _MULTIPLES if multiple > step and multiple % step == 0)]
+
+    def _multiple(self, tries: Any, usable: Mapping[int, Widths], missing: Mapping[int, float], step: int) -> int:
+        """Return the multiple of channels that is fastest, had all the same operations: coarse ones have fewer."""
         if len(usable) < 2 or next(tries, None) is None:
             return step
         taken = dict(zip(usable, self._shares(list(usable.values()), self.goal.seconds / 6), strict=True))
-        best = min(taken, key=lambda multiple: taken[multiple])
-        return best if taken[best] < _FASTER * taken.get(step, 1.0) else step
+        fair = {multiple: taken[multiple] + missing[multiple] for multiple in usable}
+        best = min(fair, key=lambda multiple: fair[multiple])
+        return best if fair[best] < _FASTER * fair.get(step, 1.0) else step
 
     def _verify(
         self, tries: Any, widths_at: Callable[[float, int], Widths], share: float, least: float, step: int
