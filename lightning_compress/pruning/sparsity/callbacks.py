@@ -20,12 +20,18 @@ from lightning_compress.core.schedule import Schedule
 from lightning_compress.core.select import Select, Selection
 from lightning_compress.pruning.masks import apply_mask, pack_mask, unpack_mask
 from lightning_compress.pruning.rules import build_rules
-from lightning_compress.pruning.sparsity.groups import BN_SCALE, GroupTarget, find_groups, layer_types, parse_groups
+from lightning_compress.pruning.sparsity.groups import (
+    BN_SCALE,
+    GroupTarget,
+    find_groups,
+    layer_types,
+    parse_groups,
+    zero_groups,
+)
 from lightning_compress.pruning.sparsity.penalties import (
     LAYER,
     group_lasso,
     group_lasso_gradient,
-    group_size,
     group_soft_threshold,
 )
 from lightning_compress.pruning.sparsity.rules import StrengthRule, check_rising, checked_strength
@@ -45,7 +51,8 @@ class SparsityRegularization(CompressionCallback):
     the weight's parameter group, :math:`\tau = \eta \lambda`, which gives exact zeros; with Adam this is decoupled from
     the gradient's scaling, as AdamW's weight decay is. With ``mode="penalty"`` the (sub)gradient of the penalty is
     added to the gradients right before the step: after unscaling and accumulation, before clipping, so the same as
-    adding the penalty to the loss, once an update. (LBFGS, which asks for the loss itself, cannot take it.)
+    adding the penalty to the loss, once an update. (LBFGS, which asks for the loss itself, cannot take it.) Momentum m
+    carries gradients 1/(1-m) times as far as the rate says, but not proximal steps: they need a larger strength.
 
     The schedule says which share of the strength acts. When it reaches its end, what is zero (or below ``threshold``)
     becomes exactly zero and stays so, the batch norm behind a zero filter falls silent too, and the penalty ends: the
@@ -135,11 +142,9 @@ class SparsityRegularization(CompressionCallback):
         """Return a row for each tensor: its groups, how many of them are zero already, and the strength."""
         rows = []
         for target in self._targets:
-            (weight, bias), (rule, strength) = target.tensors(layers), self._strengths[target.key]
-            norms = target.norms(layers)
-            size = group_size(weight, norms.numel(), bias)
-            action = f"shrink {norms.numel()} groups of {size:g} ({self.granularity}) at {strength:g}, {self.mode}"
-            action += f"; {int((norms == 0).sum())} of {norms.numel()} are zero now"
+            rule, strength = self._strengths[target.key]
+            action = f"shrink at {strength:g} ({self.granularity}, {self.mode}) {target.describe(layers)}"
+            weight = target.target.weight(layers)
             action = action if weight.requires_grad else f"kept while frozen, then {action}"
             rows.append(PlanRow(rule, target.key, "x".join(map(str, weight.shape)), action))
         return rows
@@ -175,7 +180,7 @@ class SparsityRegularization(CompressionCallback):
                 "SparsityRegularization works while a model trains, and `compress` does not train: give it to a "
                 "Trainer as a callback. For a trained model use IterativePruning or StructuredPruning"
             )
-        zero = self._zero_groups(layers)
+        zero = zero_groups(self._targets, layers, self.threshold)
         for target in self._targets:
             if bool(zero[target.key].all()) and target.granularity.kind != LAYER and not self.at_target:
                 rank_zero_warn(
@@ -207,7 +212,7 @@ class SparsityRegularization(CompressionCallback):
 
         Groups below the threshold count as zero, as they will be.
         """
-        zero = {key: int(flags.sum()) for key, flags in self._zero_groups(layers).items()}
+        zero = {key: int(flags.sum()) for key, flags in zero_groups(self._targets, layers, self.threshold).items()}
         total = sum(target.norms(layers).numel() for target in self._targets)
         penalty = 0.0
         for target in self._targets:
@@ -268,13 +273,6 @@ class SparsityRegularization(CompressionCallback):
                 )
             found.append((target, float(rates[id(weight)] or 0.0)))
         return found
-
-    def _zero_groups(self, layers: Layers) -> dict[str, Tensor]:
-        """Return for each tensor which of its groups are zero, or would be made so."""
-        levels = {target.key: target.levels(layers) for target in self._targets}
-        largest = max((float(level.max()) for level in levels.values()), default=0.0)
-        whole = self._groups.kind == LAYER
-        return {k: level <= self.threshold * (largest if whole else level.max()) for k, level in levels.items()}
 
     def _zero(self, key: str, tensor: Tensor) -> None:
         mask = self._masks[key]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -67,6 +67,13 @@ class GroupTarget:
         norms = self.norms(layers)
         return norms / group_size(weight, norms.numel(), bias) ** 0.5
 
+    def describe(self, layers: Mapping[str, nn.Module]) -> str:
+        """Return how many groups there are, of which size, how many are zero, and what falls silent with them."""
+        (weight, bias), norms = self.tensors(layers), self.norms(layers)
+        size, zero = group_size(weight, norms.numel(), bias), int((norms == 0).sum())
+        also = f"; {self.norm} falls silent with them" if self.norm not in (None, self.target.layer) else ""
+        return f"{norms.numel()} groups of {size:g}, of which {zero} are zero now{also}"
+
     def silence(self, zero: Tensor, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         """Return masks (``int8``, -1 keep, 0 prune) for zero groups: of the weight, its bias and the norm behind it.
 
@@ -91,6 +98,27 @@ class GroupTarget:
 
 def _like(mask: Tensor, parameter: Tensor) -> Tensor:
     return torch.empty_like(parameter, dtype=torch.int8, requires_grad=False).copy_(mask)
+
+
+def zero_groups(targets: Sequence[GroupTarget], layers: Mapping[str, nn.Module], threshold: float) -> dict[str, Tensor]:
+    """Return for each tensor which of its groups are zero, or nearly so.
+
+    Args:
+        targets: The tensors.
+        layers: Layers by path.
+        threshold: Share of the level of the tensor's largest group (where groups are layers: of all) up to which a
+            group counts as zero.
+
+    Returns:
+        Booleans in the shape of :meth:`GroupTarget.norms`, by path of the tensor.
+    """
+    levels = {target.key: target.levels(layers) for target in targets}
+    whole = max((level.max() for t, level in zip(targets, levels.values(), strict=True) if _is_layer(t)), default=None)
+    return {key: level <= threshold * (level.max() if whole is None else whole) for key, level in levels.items()}
+
+
+def _is_layer(target: GroupTarget) -> bool:
+    return target.granularity.kind == LAYER
 
 
 @dataclass(frozen=True)
