@@ -22,6 +22,8 @@ from rich.table import Table
 from lightning_compress.evaluation.report import describe_environment
 
 RESULTS = Path(__file__).parent / "results"
+QUICK = RESULTS / "quick"
+"""Not kept in version control: figures in documents come from full runs."""
 Times = NDArray[np.float64]
 _WIDTH = 180
 
@@ -126,8 +128,12 @@ def arguments(description: str | None) -> argparse.Namespace:
     """Parse the command line that all benchmarks have: ``quick`` and ``out``."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="the same code on less, in under two minutes")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON file")
-    return parser.parse_args()
+    parser.add_argument(
+        "--out", type=Path, help=f"folder for the JSON file; default {RESULTS.name}, {QUICK.name} in it if quick"
+    )
+    given = parser.parse_args()
+    given.out = given.out or (QUICK if given.quick else RESULTS)
+    return given
 
 
 def publish(name: str, rows: Sequence[Row], facts: Mapping[str, Any], out: Path = RESULTS) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_compress.core.callback import CompressionCallback
@@ -21,62 +21,46 @@ def at_target(trainer: Trainer) -> bool:
     return all(c.at_target for c in callbacks_of(trainer) if isinstance(c, CompressionCallback))
 
 
-def _check(trainer: Trainer, user: str) -> None:
-    if not any(isinstance(c, CompressionCallback) for c in callbacks_of(trainer)):
-        raise ConfigurationError(
-            f"`callbacks` has {user} but no compression callback whose target it could wait for; "
-            f"add one, or use Lightning's own class instead of {user}"
-        )
-
-
-class ModelCheckpointAtTarget(ModelCheckpoint):
-    """:class:`~lightning.pytorch.callbacks.ModelCheckpoint` that saves nothing before the target is reached.
-
-    Takes the same arguments. Use a second, ordinary ``ModelCheckpoint`` to be able to resume after a crash.
-    """
+class _WaitsForTarget(Callback):
+    """Passes on to the class beside it what happens once the target is reached."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that there is a target to wait for."""
-        if stage == "fit":
-            _check(trainer, type(self).__name__)
+        if stage == "fit" and not any(isinstance(c, CompressionCallback) for c in callbacks_of(trainer)):
+            user = type(self).__name__
+            raise ConfigurationError(
+                f"`callbacks` has {user} but no compression callback whose target it could wait for; "
+                f"add one, or use Lightning's own class instead of {user}"
+            )
         super().setup(trainer, pl_module, stage)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if due and at target."""
+        """Act if at target."""
         if at_target(trainer):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if due and at target."""
+        """Act if at target."""
         if at_target(trainer):
             super().on_train_epoch_end(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save if due and at target."""
+        """Act if at target."""
         if at_target(trainer):
             super().on_validation_end(trainer, pl_module)
 
 
-class EarlyStoppingAtTarget(EarlyStopping):
+class ModelCheckpointAtTarget(_WaitsForTarget, ModelCheckpoint):
+    """:class:`~lightning.pytorch.callbacks.ModelCheckpoint` that saves nothing before the target is reached.
+
+    Takes the same arguments. Use a second, ordinary ``ModelCheckpoint`` to be able to resume after a crash.
+    """
+
+
+class EarlyStoppingAtTarget(_WaitsForTarget, EarlyStopping):
     """:class:`~lightning.pytorch.callbacks.EarlyStopping` that starts to look once the target is reached.
 
     Takes the same arguments.
     """
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that there is a target to wait for."""
-        if stage == "fit":
-            _check(trainer, type(self).__name__)
-        super().setup(trainer, pl_module, stage)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the metric if at target."""
-        if at_target(trainer):
-            super().on_train_epoch_end(trainer, pl_module)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the metric if at target."""
-        if at_target(trainer):
-            super().on_validation_end(trainer, pl_module)

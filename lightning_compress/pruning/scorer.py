@@ -15,6 +15,7 @@ from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.pruning import scores
 from lightning_compress.pruning.granularity import Granularity, Layout, group_scores, to_units
 from lightning_compress.pruning.scores import Score
+from lightning_compress.pruning.second_order import obd_saliency
 
 _TERMS = {
     "gradient": scores.gradient,
@@ -89,7 +90,7 @@ class Scorer:
             return {key: scores.magnitude(weight) for key, weight in weights.items()}
         means = self._means(weights, layouts, shared)
         if name == "obd":
-            return {key: scores.obd(weight, means[key]) for key, weight in weights.items()}
+            return {key: obd_saliency(weight.detach().float(), means[key]) for key, weight in weights.items()}
         if name == "wanda":
             return {key: scores.wanda(weight, means[key].sqrt(), layouts[key]) for key, weight in weights.items()}
         if name == "snip":

@@ -59,19 +59,6 @@ def snip(sensitivity: Tensor, total: Tensor | float) -> Tensor:
     return sensitivity / torch.clamp(torch.as_tensor(total), min=torch.finfo(torch.float32).tiny)
 
 
-def obd(weight: Tensor, fisher: Tensor) -> Tensor:
-    r"""Return :math:`h w^2 / 2`, to second order, with a diagonal Hessian (LeCun et al. 1989, Optimal Brain Damage).
-
-    Args:
-        weight: Any shape.
-        fisher: The diagonal :math:`h`, here the empirical Fisher: the mean of squared gradients over steps.
-
-    >>> obd(torch.tensor([1.0, -3.0, 2.0, -0.5]), torch.tensor([2.0, 0.5, 0.0, 4.0]))
-    tensor([1.0000, 2.2500, 0.0000, 0.5000])
-    """
-    return weight.detach().float().square() * fisher / 2
-
-
 def wanda(weight: Tensor, norms: Tensor, layout: Layout) -> Tensor:
     r"""Return :math:`|w_{ij}| \cdot \lVert x_j \rVert` (Sun et al. 2023, arXiv 2306.11695).
 

@@ -29,7 +29,7 @@ def obd_saliency(weight: Tensor, curvature: Tensor) -> Tensor:
             :func:`hutchinson_diagonal`; negative entries count as 0.
 
     Returns:
-        Saliencies in the shape of ``weight``, >= 0.
+        Saliencies in the shape of ``weight``, >= 0, at least in float32.
 
     Raises:
         ConfigurationError: If the shapes differ.
@@ -41,7 +41,8 @@ def obd_saliency(weight: Tensor, curvature: Tensor) -> Tensor:
         raise ConfigurationError(
             f"`curvature` must have the shape of `weight`, {tuple(weight.shape)}, got {tuple(curvature.shape)}"
         )
-    return curvature.clamp(min=0) * weight.detach().square() / 2
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return curvature.clamp(min=0) * weight.detach().to(wide).square() / 2
 
 
 def fisher_diagonal(gradients: Iterable[Tensor]) -> Tensor:

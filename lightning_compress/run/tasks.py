@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
 
-from lightning_compress.core.checkpoint import inspect_compressed, save_compressed
+from lightning_compress.core.checkpoint import ArtifactInfo, inspect_compressed, save_compressed
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.evaluation.render import print_report, write_report
 from lightning_compress.evaluation.report import build_report
@@ -45,19 +46,8 @@ class CompressTask:
         baseline.load_state_dict(outcome.baseline)
         log.info("measuring")
         provenance = {"recipe": settings.recipe, "seed": settings.seed}
-        report = build_report(
-            baseline,
-            outcome.module,
-            example_inputs=take(example_inputs(outcome.module, data), settings.report["batch_size"]),
-            datamodule=data,
-            artifact=save_compressed(outcome.module, folder.path / ARTIFACT, provenance),
-            history=outcome.history,
-            recipe=settings.recipe,
-            seed=settings.seed,
-            latency=settings.report["latency"],
-            threads=settings.report["threads"],
-        )
-        _publish(report, folder)
+        artifact = save_compressed(outcome.module, folder.path / ARTIFACT, provenance)
+        _publish(_measure(settings, data, baseline, outcome.module, artifact, outcome.history), folder)
 
 
 @dataclass(frozen=True)
@@ -71,18 +61,8 @@ class EvaluateTask:
             raise ConfigurationError("`model.checkpoint` is null; `task=evaluate` measures a file, give its path")
         module, data = build_module(settings), build_data(settings)
         load_weights(module, str(path))
-        report = build_report(
-            None,
-            module,
-            example_inputs=take(example_inputs(module, data), settings.report["batch_size"]),
-            datamodule=data,
-            artifact=inspect_compressed(path) if is_artifact(Path(path)) else None,
-            recipe=settings.recipe,
-            seed=settings.seed,
-            latency=settings.report["latency"],
-            threads=settings.report["threads"],
-        )
-        _publish(report, folder)
+        artifact = inspect_compressed(path) if is_artifact(Path(path)) else None
+        _publish(_measure(settings, data, None, module, artifact), folder)
 
 
 @dataclass(frozen=True)
@@ -156,6 +136,28 @@ def _task(settings: Settings) -> Task:
     if not isinstance(task, Task):
         raise ConfigurationError(f"`task._target_` must build something with `run`, got {type(task).__name__}")
     return task
+
+
+def _measure(
+    settings: Settings,
+    data: Any,
+    baseline: nn.Module | None,
+    module: Any,
+    artifact: ArtifactInfo | None,
+    history: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    return build_report(
+        baseline,
+        module,
+        example_inputs=take(example_inputs(module, data), settings.report["batch_size"]),
+        datamodule=data,
+        artifact=artifact,
+        history=history,
+        recipe=settings.recipe,
+        seed=settings.seed,
+        latency=settings.report["latency"],
+        threads=settings.report["threads"],
+    )
 
 
 def _publish(report: Mapping[str, Any], folder: RunFolder) -> None:

@@ -147,6 +147,17 @@ def test_resident_memory_sees_an_allocation():
     assert held.numel() == 50_000_000
 
 
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [([], common.RESULTS), (["--quick"], common.QUICK), (["--quick", "--out", "here"], Path("here"))],
+)
+def test_quick_results_do_not_replace_full_ones(words, folder, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["benchmark", *words])
+    assert common.arguments("A benchmark.").out == folder
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+    assert f"{common.QUICK.relative_to(ROOT).as_posix()}/" in ignored
+
+
 @pytest.mark.slow
 def test_memory_of_a_small_fit():
     grown = measure_fit(OURS, width=512, steps=2)

@@ -12,6 +12,7 @@ from lightning_compress.pruning import scores
 from lightning_compress.pruning.allocation import SCOPES
 from lightning_compress.pruning.granularity import Granularity, Layout, group_scores, layout_of, parse_granularity
 from lightning_compress.pruning.scores import SCORES, Score, check_score, find_score
+from lightning_compress.pruning.second_order import obd_saliency
 
 W = torch.tensor([1.0, -3.0, 2.0, -0.5])
 G = torch.tensor([2.0, 0.5, 0.0, 4.0])
@@ -24,7 +25,7 @@ G = torch.tensor([2.0, 0.5, 0.0, 4.0])
         (scores.gradient(W, G), [2.0, 1.5, 0.0, 2.0]),
         (scores.movement(W, G), [-2.0, 1.5, 0.0, 2.0]),
         (scores.snip(scores.gradient(W, G), 5.5), [2 / 5.5, 1.5 / 5.5, 0.0, 2 / 5.5]),
-        (scores.obd(W, G), [1.0, 2.25, 0.0, 0.5]),
+        (obd_saliency(W, G), [1.0, 2.25, 0.0, 0.5]),
         (scores.bn_scale(W, Layout()).flatten(), [1.0, 3.0, 2.0, 0.5]),
     ],
     ids=["magnitude", "gradient", "movement", "snip", "obd", "bn_scale"],
@@ -108,7 +109,7 @@ def test_random_depends_on_seed_step_and_name_only() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_scores_are_float32(dtype: torch.dtype) -> None:
     weight, grad = W.to(dtype), (G * 1e4).to(dtype)
-    for found in (scores.magnitude(weight), scores.gradient(weight * 100, grad), scores.obd(weight, G)):
+    for found in (scores.magnitude(weight), scores.gradient(weight * 100, grad), obd_saliency(weight.float(), G)):
         assert found.dtype == torch.float32
         assert found.isfinite().all()
 
