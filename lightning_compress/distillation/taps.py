@@ -161,7 +161,8 @@ class Taps:
         record: Record = {path: [] for path in self.paths}
         with ExitStack() as stack:
             for path, module in self._modules(root).items():
-                stack.callback(self._tap(module, path, record, with_graph, keep or self._copy).remove)
+                for handle in self._tap(module, path, record, with_graph, keep or self._copy):
+                    stack.callback(handle.remove)
             yield record
 
     def forget(self) -> None:
@@ -171,16 +172,31 @@ class Taps:
     def _copy(self, tensor: Tensor, path: str) -> Tensor:
         return tensor if path in self.inputs_of else tensor.clone()
 
-    def _tap(self, module: nn.Module, path: str, record: Record, with_graph: bool, keep: Keep) -> Any:
-        """Hook into one module and return the handle."""
-        whole = path in self.inputs_of
+    def _tap(self, module: nn.Module, path: str, record: Record, with_graph: bool, keep: Keep) -> Iterator[Any]:
+        """Hook into one module and yield the handles.
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        Strategies of several processes call ``training_step`` through the root's own call: a call with another one of
+        the same module inside is not a run of the model.
+        """
+        whole = path in self.inputs_of
+        inner: list[bool] = []  # for each call that is going on, whether another one ran inside
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            inner.append(False)
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if path == "":
+                around = inner.pop() if inner else False
+                inner[:] = [True] * len(inner)
+                if around:
+                    return
             if not with_graph or torch.is_grad_enabled():
                 kept = map_tensors(lambda tensor: keep(tensor, path), output)
                 record[path].append(Call(args if whole else (), kwargs if whole else {}, kept))
 
-        return module.register_forward_hook(hook, with_kwargs=True)
+        if path == "":
+            yield module.register_forward_pre_hook(before)
+        yield module.register_forward_hook(after, with_kwargs=True)
 
     def _modules(self, root: nn.Module) -> dict[str, nn.Module]:
         if self._found is None or self._found[0]() is not root:

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_compress import (
     CompressionCallback,
+    Distillation,
+    DistillationModule,
     DynamicSparseTraining,
     Edit,
     FisherPruning,
@@ -30,6 +32,7 @@ from lightning_compress import (
     register_kind,
 )
 from lightning_compress.data.order import ResumableLoader
+from lightning_compress.distillation import FitNetsHints, KnowledgeDistillation, Ramp, Term
 
 
 class Mixed(nn.Module):
@@ -229,6 +232,8 @@ class Row:
         finalized: Expected (verb, path) of edits after fit.
         metric: A metric it must log.
         nothing: Returns the callback with a selection that matches no layer.
+        wrap: Returns what is trained: the task itself, or the task under a teacher.
+        beside: Returns callbacks that stand before this one.
     """
 
     name: str
@@ -238,6 +243,20 @@ class Row:
     prepared: tuple[tuple[str, str], ...] = ()
     finalized: tuple[tuple[str, str], ...] = ()
     nothing: Callable[[], CompressionCallback] | None = field(default=None)
+    wrap: Callable[[Task], LightningModule] = field(default=lambda task: task)
+    beside: Callable[[], list[Callback]] = field(default=list)
+
+
+def teacher_of(net: str) -> nn.Module:
+    """Return the same teacher whatever the seed of the run."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(5)
+        return Task(net)
+
+
+def _under(net: str, *layers: str) -> dict[str, Any]:
+    losses = {"kd": Term(KnowledgeDistillation(), 0.5), "hint": Term(FitNetsHints(), 0.1, pairs=list(layers))}
+    return {"teacher": teacher_of(net), "losses": losses, "temperature": Ramp(6.0, 2.0)}
 
 
 def _pruning(final: float = 0.75, every: int = 1, **arguments: Any) -> Callable[[], CompressionCallback]:
@@ -338,6 +357,38 @@ ROWS = (
         "compress/channels",
         finalized=tuple(("slice", path) for path in _HIDDEN),
         nothing=lambda: ZeroChannelRemoval(_CONV3D),
+    ),
+    Row(
+        "pruning_distilled",
+        _pruning(),
+        "Mixed",
+        "compress/sparsity",
+        nothing=_NOTHING,
+        wrap=lambda task: DistillationModule(task, **_under("Mixed", "net.stem", "net.grouped")),
+    ),
+    Row(
+        "pruning_beside_distillation",
+        _pruning(every=4, score="gradient"),
+        "Sequences",
+        "compress/sparsity",
+        nothing=_NOTHING,
+        beside=lambda: [Distillation(**_under("Sequences", "net.conv", "net.recur"))],
+    ),
+    Row(
+        "structured_distilled",
+        lambda: StructuredPruning(Schedule(final=0.5, end="60%", every={"step": 1})),
+        "MLP",
+        "compress/channels",
+        finalized=tuple(("slice", path) for path in (*_HIDDEN, "net.head")),
+        wrap=lambda task: DistillationModule(task, **_under("MLP", "net.layers.*")),
+    ),
+    Row(
+        "probe_replace_distilled",
+        RankFromData,
+        "MLP",
+        "compress/seen",
+        tuple(("replace", p) for p in _HIDDEN),
+        wrap=lambda task: DistillationModule(task, **_under("MLP", *_HIDDEN)),
     ),
     Row("probe_replace_by_data", RankFromData, "MLP", "compress/seen", tuple(("replace", p) for p in _HIDDEN)),
     Row(

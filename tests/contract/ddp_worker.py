@@ -23,11 +23,12 @@ from lightning_compress import ExactResume
 def train(row: Row, folder: Path, seed: int, ckpt_path: str | None = None) -> dict[str, object]:
     """Return the final tensors, masks and history of this rank."""
     seed_everything(seed, verbose=False)
-    model, callback = Task(row.net), row.build()
+    model, callback = row.wrap(Task(row.net)), row.build()
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
     trainer = Trainer(
-        max_epochs=2, callbacks=[ExactResume(), callback, saver], logger=False, enable_progress_bar=False,
-        enable_model_summary=False, accelerator="cpu", devices=2, strategy="ddp_find_unused_parameters_true",
+        max_epochs=2, callbacks=[ExactResume(), *row.beside(), callback, saver], logger=False,
+        enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", devices=2,
+        strategy="ddp_find_unused_parameters_true",
     )  # fmt: skip
     torch.manual_seed(seed + distributed.get_rank() if distributed.is_initialized() else seed)
     trainer.fit(model, ckpt_path=ckpt_path)

@@ -39,11 +39,11 @@ def fit(
 ):
     """Train the row's model for two epochs of eight steps, with a checkpoint every three steps."""
     seed_everything(seed, verbose=False)
-    model, callback = Task(row.net), row.build()
+    model, callback = row.wrap(Task(row.net)), row.build()
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
     trainer = Trainer(
         max_epochs=kw.pop("max_epochs", 2),
-        callbacks=[ExactResume(), callback, saver, *(extra or [])],
+        callbacks=[ExactResume(), *row.beside(), callback, saver, *(extra or [])],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
