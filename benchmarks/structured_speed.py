@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,11 @@ import torchvision
 from torch import Tensor, nn
 
 from benchmarks import _common as common
-from benchmarks._common import Row
+from benchmarks._common import Row, Times, ratio_of_medians
 from lightning_compress import StructuredPruning, compress
 from lightning_compress.core.copies import full_copy
 from lightning_compress.core.cost import count_macs, count_parameters
+from lightning_compress.core.hooks import journal_of
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "ResNet-18": (torchvision.models.resnet18, "fc"),
@@ -27,6 +28,7 @@ MACS = 0.5
 GOAL = 1 / 1.8
 _STEPS = 10
 THEIRS = "Torch-Pruning"
+OURS, ROUNDED = "ours", "ours, multiples of 16"
 
 
 def prune_theirs(model: nn.Module, example: Tensor, head: str, macs: float) -> nn.Module:
@@ -64,36 +66,86 @@ def candidates(name: str, macs: float = MACS, image: int = 224) -> dict[str, nn.
     torch.manual_seed(0)
     model, example = build().eval(), torch.zeros(1, 3, image, image)
     found = {"dense": model, THEIRS: prune_theirs(model, example, head, macs)}
-    for label, round_to in (("ours", 1), ("ours, multiples of 16", 16)):
+    for label, round_to in ((OURS, 1), (ROUNDED, 16)):
         method = StructuredPruning(macs=macs, ranking={"scope": "layer"}, limits={"round_to": round_to})
         found[label] = compress(model, method, example_inputs=example)
     return found
 
 
-def speed_rows(name: str, batches: tuple[int, ...], repeats: int, image: int = 224) -> list[Row]:
-    """Return the operations, parameters and milliseconds of each candidate, in both memory layouts."""
+def speed_rows(name: str, repeats: Mapping[int, int], image: int = 224) -> list[Row]:
+    """Return the operations, parameters and milliseconds of each candidate, in both memory layouts.
+
+    Args:
+        name: A key of :data:`MODELS`.
+        repeats: Rounds for each batch size.
+        image: Height and width of the input.
+    """
     models = candidates(name, image=image)
-    example, rows = torch.zeros(1, 3, image, image), []
-    macs = {label: count_macs(model, example).total or 0 for label, model in models.items()}
-    sizes = {label: count_parameters(model).total for label, model in models.items()}
-    for label in models:
-        for what, counted in (("operations", macs), ("parameters", sizes)):
-            ratio = counted[label] / counted["dense"]
-            rows.append(Row(f"{name}: {label}, {what}", counted[label] / 1e6, "M", "dense", ratio))
+    rows = size_rows(name, models, image)
     for layout in (torch.contiguous_format, torch.channels_last):
         for model in models.values():
             model.to(memory_format=layout)
-        for batch in batches:
+        for batch, rounds in repeats.items():
             inputs = torch.rand(batch, 3, image, image).to(memory_format=layout)
             with torch.inference_mode():
-                times = common.time_calls({label: partial(model, inputs) for label, model in models.items()}, repeats)
-            seconds = {label: float(np.median(cpu)) for label, (_, cpu) in times.items()}
-            for label, taken in seconds.items():
-                case = f"{name}: {label}, {str(layout).removeprefix('torch.')}, batch {batch}"
-                head_line = (name, label, layout, batch) == ("ResNet-18", "ours", torch.channels_last, 1)
-                goal = 1e3 * seconds["dense"] * GOAL if head_line else None
-                rows.append(Row(case, 1e3 * taken, "ms (CPU time)", "dense", taken / seconds["dense"], goal))
+                times = common.time_calls({label: partial(model, inputs) for label, model in models.items()}, rounds)
+            cpu = {label: 1e3 * taken for label, (_, taken) in times.items()}
+            where = f"{str(layout).removeprefix('torch.')}, batch {batch}"
+            first = (name, layout, batch) == ("ResNet-18", torch.channels_last, 1)
+            rows += time_rows(name, cpu, where, first)
     return rows
+
+
+def size_rows(name: str, models: Mapping[str, nn.Module], image: int) -> list[Row]:
+    """Return operations and parameters; ours should be no larger than theirs."""
+    example = torch.zeros(1, 3, image, image)
+    macs = {label: (count_macs(model, example).total or 0) / 1e6 for label, model in models.items()}
+    sizes = {label: count_parameters(model).total / 1e6 for label, model in models.items()}
+    rows = []
+    for label in models:
+        for what, counted in (("operations", macs), ("parameters", sizes)):
+            goal = counted[THEIRS] if (label, what) == (OURS, "parameters") else None
+            case = f"{name}: {label}, {what}"
+            rows.append(Row(case, counted[label], "M", "dense", counted[label] / counted["dense"], goal))
+    return rows
+
+
+def time_rows(name: str, cpu: Mapping[str, Times], where: str, first: bool) -> list[Row]:
+    """Return the milliseconds of each candidate, and ours over theirs with the lower end of the 95 % interval."""
+    dense, rows = float(np.median(cpu["dense"])), []
+    for label, taken in cpu.items():
+        median = float(np.median(taken))
+        goal = dense * GOAL if first and label in (OURS, ROUNDED) else None
+        rows.append(Row(f"{name}: {label}, {where}", median, "ms (CPU time)", "dense", median / dense, goal))
+    for label in (OURS, ROUNDED):
+        ratio = ratio_of_medians(cpu[label], cpu[THEIRS])
+        case = f"{name}: {label} over {THEIRS}, {where}"
+        rows.append(Row(case, ratio.low, "lower end of the 95 % interval", THEIRS, ratio.value, 1.0))
+    return rows
+
+
+def latency_rows(image: int = 224, seconds: float = 30.0) -> list[Row]:
+    """Return what a goal of latency makes of ResNet-18, channels last, at batch 1."""
+    torch.manual_seed(0)
+    model = MODELS["ResNet-18"][0]().eval().to(memory_format=torch.channels_last)
+    example = torch.zeros(1, 3, image, image).to(memory_format=torch.channels_last)
+    method = StructuredPruning(latency={"share": GOAL, "seconds": seconds}, ranking={"scope": "layer"})
+    cut = compress(model, method, example_inputs=example)
+    measured = journal_of(cut).edits[0].config["measured"]
+    before, after = measured["latency_ms"]
+    case = f"ResNet-18: goal of {GOAL:.3f} of the latency, channels_last, batch 1"
+    left = method.history[0]["macs"]
+    return [
+        Row(
+            f"{case}: multiples of {measured['round_to']}",
+            after,
+            "ms (CPU time)",
+            "dense",
+            after / before,
+            before * GOAL,
+        ),
+        Row(f"{case}: operations", left * (count_macs(model, example).total or 0) / 1e6, "M", "dense", left),
+    ]
 
 
 def main() -> None:
@@ -101,12 +153,10 @@ def main() -> None:
     options = common.arguments(__doc__)
     torch.set_num_threads(1)
     facts = common.environment(threads=1, quick=options.quick, macs=MACS)
-    names = list(MODELS)[: 2 if options.quick else None]
-    rows = [
-        row
-        for name in names
-        for row in speed_rows(name, (1,) if options.quick else (1, 16), 5 if options.quick else 15)
-    ]
+    rows = []
+    for name in list(MODELS)[: 2 if options.quick else None]:
+        rows += speed_rows(name, {1: 5} if options.quick else {1: 31, 16: 9 if name == "VGG-16" else 15})
+    rows += latency_rows(seconds=5.0 if options.quick else 30.0)
     common.publish("structured_speed", rows, facts, options.out)
 
 
