@@ -58,13 +58,21 @@ class Outcome:
     carried: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def build_module(settings: Settings) -> LightningModule:
-    """Build the module of a configuration from its seed, with the ``state_dict`` hooks that let it take edits."""
+def build_module(settings: Settings, stage: Stage | None = None) -> LightningModule:
+    """Build the module of a configuration from its seed, with the ``state_dict`` hooks that let it take edits.
+
+    Args:
+        settings: The checked configuration.
+        stage: One with a ``student``, which is built then, in place of ``model.module``.
+    """
     seed_everything(settings.seed, workers=True, verbose=False)
-    module = build("model.module", settings.model["module"])
+    where, node = "model.module", settings.model["module"]
+    if stage is not None and stage.student is not None:
+        where, node = f"stages.{stage.key}.student", stage.student
+    module = build(where, node)
     if not isinstance(module, LightningModule):
         raise ConfigurationError(
-            f"`model.module._target_` must build a LightningModule, got {type(module).__name__}; for a plain network "
+            f"`{where}._target_` must build a LightningModule, got {type(module).__name__}; for a plain network "
             "use lightning_compress.models.ImageClassifier with the network as `net`"
         )
     if is_overridden("configure_model", module):
@@ -131,9 +139,13 @@ def plan_stages(settings: Settings, folder: RunFolder, data: LightningDataModule
     known, has_baseline = True, False
     for stage in (one for one in _begin(settings, outcome) if one.round == 1):  # later ones depend on what is left
         callbacks = {name: build_callback(settings, name) for name in (*stage.callbacks, *stage.apply)}
-        make = partial(_baseline, settings, outcome) if outcome.baseline else None
-        give_baseline(callbacks, stage.name, make, planning=has_baseline)
+        untrained = (
+            partial(build_module, settings) if has_baseline else None
+        )  # its layers are known, if not its weights
+        give_baseline(callbacks, stage.name, partial(_baseline, settings, outcome) if outcome.baseline else untrained)
         has_baseline = has_baseline or stage.name == settings.baseline_after
+        if stage.student is not None:
+            outcome.module, known = build_module(settings, stage), True
         if stage.apply:
             _methods(stage, callbacks)
             known = False
@@ -166,11 +178,13 @@ def _restore(settings: Settings, folder: RunFolder, records: list[dict[str, Any]
     """Take over what completed stages left."""
     name = records[-1]["name"]
     saved = folder.result(name)
-    outcome.module = build_module(settings)
+    done = {record["name"] for record in records}
+    begun = [stage for stage in settings.stages if stage.name in done and (stage.fresh or stage.student is not None)]
+    outcome.module = build_module(settings, begun[-1] if begun else None)
     outcome.module.load_state_dict(saved["module"])
     outcome.carried = saved["carried"]
     outcome.history = [entry for record in records for entry in record["history"]]
-    if settings.baseline_after in {record["name"] for record in records}:
+    if settings.baseline_after in done:
         outcome.baseline = folder.result(str(settings.baseline_after))["module"]
     log.info("stage %s is done already", name)
 
@@ -189,8 +203,8 @@ def _run_stage(
     settings: Settings, stage: Stage, folder: RunFolder, data: LightningDataModule, outcome: Outcome
 ) -> None:
     """Run one stage, put its result into ``outcome``, and record it as completed."""
-    if stage.fresh:
-        outcome.module, outcome.carried = build_module(settings), {}
+    if stage.fresh or stage.student is not None:
+        outcome.module, outcome.carried = build_module(settings, stage), {}
     index = [other.name for other in settings.stages].index(stage.name)
     callbacks = {name: build_callback(settings, name) for name in (*stage.callbacks, *stage.apply)}
     give_baseline(callbacks, stage.name, partial(_baseline, settings, outcome) if outcome.baseline else None)

@@ -62,16 +62,13 @@ def carried_states(callbacks: Mapping[str, Callback]) -> dict[str, dict[str, Any
     }
 
 
-def give_baseline(
-    callbacks: Mapping[str, Callback], stage: str, make: Callable[[], LightningModule] | None, planning: bool = False
-) -> None:
+def give_baseline(callbacks: Mapping[str, Callback], stage: str, make: Callable[[], LightningModule] | None) -> None:
     """Tell callbacks with ``teacher: baseline`` which model that is: the one that the result is compared with.
 
     Args:
         callbacks: Those of a stage, by name.
         stage: Its name, for the error.
         make: Builds the baseline; ``None`` if there is none yet.
-        planning: Nothing will be trained, so a baseline that an earlier stage would make may be missing.
 
     Raises:
         ConfigurationError: If a callback wants a baseline and there is none.
@@ -81,7 +78,7 @@ def give_baseline(
             continue
         if make is not None:
             callback.baseline = make()
-        elif not planning:
+        else:
             raise ConfigurationError(
                 f"`callbacks.{name}.teacher` is 'baseline', but stage {stage!r} runs before there is one; let it come "
                 "after the stage that `baseline_after` names, give `model.checkpoint`, or name another teacher"

@@ -12,6 +12,7 @@ from lightning_compress.core.errors import ConfigurationError, did_you_mean
 from lightning_compress.run.targets import check_node, check_targets
 
 BASELINE_NAMES = ("baseline", "train")
+STAGE_KEYS = ("trainer", "optimizer", "scheduler", "callbacks", "apply", "fresh", "student", "rounds")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Stage:
         callbacks: Names in the top-level ``callbacks`` that take part in this fit.
         apply: Names in the top-level ``callbacks`` that are applied once, without training.
         fresh: Whether it begins with a module built anew, as the first stage does.
+        student: ``_target_`` and arguments of another module, which this stage begins with and later ones go on with.
         round: Number of the round, from 1.
         rounds: How many there are: one fit after the other, each with an optimizer of its own; callbacks hand on state.
     """
@@ -39,6 +41,7 @@ class Stage:
     callbacks: tuple[str, ...]
     apply: tuple[str, ...]
     fresh: bool = False
+    student: Mapping[str, Any] | None = None
     round: int = 1
     rounds: int = 1
 
@@ -118,10 +121,17 @@ def read_settings(config: DictConfig) -> Settings:
                 f"`stages.{stage.name}` has the name of a round of another stage; call it otherwise"
             )
         check_node(f"stages.{stage.key}.trainer", {**raw["trainer"], **stage.trainer})
+    baseline_after = _baseline_after(raw["baseline_after"], stages)
+    for stage in stages[: names.index(baseline_after) + 1] if baseline_after else ():
+        if stage.student is not None:
+            raise ConfigurationError(
+                f"`stages.{stage.key}.student` comes before there is a baseline to compare it with; let the stage that "
+                "`baseline_after` names train `model.module` first"
+            )
     return Settings(
         **{key: raw[key] for key in known - {"stages", "baseline_after"}},
         stages=stages,
-        baseline_after=_baseline_after(raw["baseline_after"], stages),
+        baseline_after=baseline_after,
         raw=raw,
     )
 
@@ -164,7 +174,7 @@ def _read_stage(key: str, value: Any, callbacks: Mapping[str, Any]) -> tuple[Sta
     """Return a stage, or one for each of its rounds."""
     where = f"stages.{key}"
     _check_mapping(where, value)
-    _check_keys(where, value, ("trainer", "optimizer", "scheduler", "callbacks", "apply", "fresh", "rounds"))
+    _check_keys(where, value, STAGE_KEYS)
     rounds = value.get("rounds", 1)
     _check_count(f"{where}.rounds", rounds, optional=False)
     stage = Stage(
@@ -176,13 +186,18 @@ def _read_stage(key: str, value: Any, callbacks: Mapping[str, Any]) -> tuple[Sta
         callbacks=_references(f"{where}.callbacks", value.get("callbacks"), callbacks),
         apply=_references(f"{where}.apply", value.get("apply"), callbacks),
         fresh=value.get("fresh", False),
+        student=value.get("student"),
     )
     _check_mapping(f"{where}.trainer", stage.trainer)
     if not isinstance(stage.fresh, bool) or (stage.fresh and (rounds > 1 or stage.apply)):
         raise ConfigurationError(
             f"`{where}.fresh` must be true or false, and true only for a single fit; got {stage.fresh!r}"
         )
-    for name in ("optimizer", "scheduler"):
+    if stage.student is not None and (stage.fresh or rounds > 1 or stage.apply):
+        raise ConfigurationError(
+            f"`{where}.student` begins a single fit with another module: leave out `fresh`, `rounds`"
+        )
+    for name in ("optimizer", "scheduler", "student"):
         part = value.get(name)
         if part is not None and (not isinstance(part, Mapping) or "_target_" not in part):
             raise ConfigurationError(f"`{where}.{name}` must be a mapping with a `_target_`, or null; got {part!r}")
