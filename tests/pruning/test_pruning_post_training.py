@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from contract_rows import Mixed, Sequences
 from lightning.pytorch import Trainer
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -22,44 +23,6 @@ from lightning_compress.models import ImageClassifier
 from lightning_compress.pruning.calibration import calibration_batches, collect_hessians, sample_gradients
 from lightning_compress.pruning.patches import layer_hessian
 from lightning_compress.pruning.second_order import fisher_diagonal, obd_saliency
-
-
-class Mixed(nn.Module):
-    """Residual, concat, depthwise, grouped and dilated convolutions, dropout, batch norm, and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(1, 8, 3, padding=1)
-        self.norm = nn.BatchNorm2d(8)
-        self.depthwise = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8)
-        self.grouped = nn.Conv2d(8, 8, 1, groups=2)
-        self.drop = nn.Dropout(0.2)
-        self.head = nn.Linear(16, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.stem(x)))
-        y = self.grouped(F.relu(self.depthwise(x))) + x
-        return self.head(self.drop(torch.cat([x.mean((2, 3)), y.amax((2, 3))], 1)))
-
-
-class Sequences(nn.Module):
-    """Embedding tied to a decoder, attention, Conv1d and a frozen layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 8)
-        self.conv = nn.Conv1d(8, 8, 3, padding=1)
-        self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.frozen = nn.Linear(8, 8).requires_grad_(False)
-        self.decode = nn.Linear(8, 11, bias=False)
-        self.decode.weight = self.embed.weight
-        self.head = nn.Linear(11, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        e = self.embed((x.flatten(1) * 3).long().remainder(11)[:, :9])
-        e = e + self.conv(e.transpose(1, 2)).transpose(1, 2)
-        e = e + self.attend(e, e, e, need_weights=False)[0]
-        return self.head(self.decode(self.frozen(e[:, -1])))
 
 
 def images(count: int = 40) -> Tensor:
