@@ -61,9 +61,15 @@ def test_the_student_goes_on_and_the_teacher_is_the_baseline(
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["+stages.train.student={_target_: torch.nn.Identity}"], "comes before there is a baseline to compare it with"),
+        (
+            ["+stages.train.student={_target_: torch.nn.Identity}"],
+            "comes before there is a baseline to compare it with",
+        ),
         (["+stages.distill.fresh=true"], "`stages.distill.student` begins a single fit with another module"),
-        (["stages.distill.student={_target_: torch.nn.Identity}"], "`stages.distill.student._target_` must build a Light"),
+        (
+            ["stages.distill.student={_target_: torch.nn.Identity}"],
+            "`stages.distill.student._target_` must build a Light",
+        ),
         (["stages.distill.student=resnet"], "`stages.distill.student` must be a mapping with a `_target_`"),
     ],
 )
