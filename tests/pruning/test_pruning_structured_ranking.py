@@ -178,7 +178,7 @@ def test_the_last_rule_wins_and_a_rule_for_nothing_is_an_error() -> None:
         (lambda: ChannelRule("0"), "at least one of"),
         (lambda: ChannelRule("0", amount=1.0), "`amount`"),
         (lambda: Limits(rules={"a": {"floor": 0.5}}), "rule 'a' of `limits` lacks `include`"),
-        (lambda: Limits(rules={"a": {"include": "0", "flor": 0.5}}), "did you mean 'floor'"),
+        (lambda: Limits(rules={"a": {"include": "0", "floors": 0.5}}), "did you mean 'floor'"),
         (lambda: Limits(rules=["a"]), "`rules` must be a mapping"),
         (lambda: StructuredPruning(0.5, limits=0.5), "`limits` must be a Limits or a mapping"),
         (lambda: StructuredPruning(0.5, ranking="l3"), "`importance` is 'l3'"),

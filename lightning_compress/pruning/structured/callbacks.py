@@ -81,6 +81,7 @@ class StructuredPruning(CompressionCallback):
     supported: ClassVar[tuple[type[nn.Module], ...]] = SELECTABLE
     runs_after: ClassVar[tuple[type[Callback], ...]] = (WeightAveraging, StochasticWeightAveraging)
     conflicts_with: ClassVar[tuple[type[Callback], ...]] = (ModelPruning,)
+    _searches_with: ClassVar[type[LatencySearch]] = LatencySearch
 
     def __init__(
         self,
@@ -103,7 +104,7 @@ class StructuredPruning(CompressionCallback):
                 f"`initial` ({self.schedule.initial:g}) is above the final amount ({self.schedule.final:g}): "
                 "channels that are gone do not come back"
             )
-        self._search = None if self.latency is None else LatencySearch(self.latency)
+        self._search = None if self.latency is None else self._searches_with(self.latency)
         self._groups: tuple[ChannelGroup, ...] = ()
         self._limits: dict[str, Limit] = {}
         self._costs: dict[str, Costs] = {}
@@ -225,7 +226,7 @@ class StructuredPruning(CompressionCallback):
     def reset_values(self) -> None:
         """Forget the channels and the groups."""
         self._groups, self._costs, self._cuts, self._limits, self._seen = (), {}, {}, {}, {}
-        self._search = None if self.latency is None else LatencySearch(self.latency)
+        self._search = None if self.latency is None else self._searches_with(self.latency)
 
     @property
     def _least(self) -> dict[str, int]:
