@@ -7,17 +7,19 @@ For one output row the squared error is :math:`\|w X - \hat w X\|^2`, a quadrati
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_compress.core.errors import ConfigurationError, did_you_mean
+from lightning_compress.pruning.granularity import Granularity
+from lightning_compress.pruning.obc_trace import Trace, input_pattern, obc_trace
+
+__all__ = ["Trace", "damp", "obc_masks", "obc_prune", "obc_trace", "reconstruct"]
 
 ROW_SCOPES = ("layer", "row")
-
-_COMPACT = 16
-_CHUNK_BYTES = 1 << 25
 
 
 def damp(hessian: Tensor, damping: float) -> Tensor:
@@ -40,107 +42,6 @@ def damp(hessian: Tensor, damping: float) -> Tensor:
         )
     eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
     return hessian + damping * mean[..., None, None] * eye
-
-
-@dataclass(frozen=True)
-class Trace:
-    """In which order each row would lose its weights, and at what price.
-
-    Args:
-        order: Column indices (rows, steps).
-        losses: Rise of the row's squared error at each removal (rows, steps).
-    """
-
-    order: Tensor
-    losses: Tensor
-
-
-def obc_trace(weight: Tensor, hessian: Tensor, steps: int | None = None, prunable: int | None = None) -> Trace:
-    r"""Remove the weights of each row greedily, with rank-1 downdates of the row's own inverse Hessian.
-
-    .. math:: p = \arg\min_p \frac{w_p^2}{[H^{-1}]_{pp}}, \quad w \leftarrow w - H^{-1} e_p \frac{w_p}{[H^{-1}]_{pp}}
-
-    Takes about ``d^3 / 3`` operations a row; removed rows and columns are dropped from time to time.
-
-    Args:
-        weight: (rows, d).
-        hessian: Positive definite (d, d), shared by the rows.
-        steps: How many weights to remove of each row; default all that may go.
-        prunable: Only the first so many columns may go (what follows is a bias); default all.
-
-    Returns:
-        Order and losses; nothing is changed.
-
-    Raises:
-        ConfigurationError: If shapes do not fit, ``steps`` is out of range, or the Hessian is not positive definite.
-
-    >>> H = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
-    >>> obc_trace(torch.tensor([[1.0, 3.0], [3.0, 1.0]]), H).order.tolist()
-    [[0, 1], [1, 0]]
-    """
-    size = weight.shape[1]
-    limit = size if prunable is None else prunable
-    steps = limit if steps is None else steps
-    if hessian.shape != (size, size):
-        raise ConfigurationError(f"`hessian` must be ({size}, {size}), got {tuple(hessian.shape)}")
-    if not 0 <= steps <= limit <= size:
-        raise ConfigurationError(f"`steps` must lie in 0..{limit}, got {steps}")
-    hessian, value = hessian.double(), weight.detach().double()
-    tied = (hessian - hessian.diagonal().diag() != 0).any(0)
-    tied[limit:] = True
-    alone, joined = (~tied).nonzero().flatten(), tied.nonzero().flatten()
-    inverse = _inverse(hessian[joined[:, None], joined])
-    chunk = max(1, _CHUNK_BYTES // (8 * max(1, joined.numel()) ** 2))
-    most = min(steps, int((joined < limit).sum()))
-    parts = [_trace_rows(part, inverse, most, limit - alone.numel()) for part in value[:, joined].split(chunk)]
-    order = torch.cat([joined[part.order] for part in parts])
-    losses = torch.cat([part.losses for part in parts])
-    return _with_alone(Trace(order, losses), alone, value[:, alone].square() * hessian.diagonal()[alone], steps)
-
-
-def _with_alone(trace: Trace, alone: Tensor, prices: Tensor, steps: int) -> Trace:
-    """Add columns that have nothing in common with others (inputs that are always 0), whose price never changes."""
-    cheapest = prices.argsort(1)
-    order = torch.cat([alone[cheapest], trace.order], 1)
-    losses = torch.cat([prices.gather(1, cheapest), trace.losses], 1)
-    rank = torch.cat([prices.gather(1, cheapest), trace.losses.cummax(1).values], 1).argsort(stable=True, dim=1)[
-        :, :steps
-    ]
-    return Trace(order.gather(1, rank), losses.gather(1, rank))
-
-
-def _inverse(hessian: Tensor) -> Tensor:
-    factor, info = torch.linalg.cholesky_ex(hessian)
-    if bool(info.any()):
-        raise ConfigurationError("`hessian` is not positive definite; raise `damping` or give more calibration data")
-    return torch.cholesky_inverse(factor)
-
-
-def _trace_rows(weight: Tensor, inverse: Tensor, steps: int, prunable: int) -> Trace:
-    count, size = weight.shape
-    value, own = weight.clone(), inverse.expand(count, size, size).clone()
-    place = torch.arange(size, device=weight.device).expand(count, size)
-    open_ = place < prunable
-    rows = torch.arange(count, device=weight.device)
-    order = torch.empty(count, steps, dtype=torch.long, device=weight.device)
-    losses = torch.empty(count, steps, dtype=weight.dtype, device=weight.device)
-    alive = torch.ones_like(open_)
-    every = max(8, size // _COMPACT)
-    for step in range(steps):
-        if step and step % every == 0:
-            kept = alive.nonzero()[:, 1].reshape(count, -1)
-            own = own[rows[:, None, None], kept[:, :, None], kept[:, None, :]]
-            value, place, open_ = value.gather(1, kept), place.gather(1, kept), open_.gather(1, kept)
-            alive = torch.ones_like(open_)
-        scores = torch.where(open_, value.square() / own.diagonal(dim1=1, dim2=2), torch.inf)
-        best, worst = scores.min(1)
-        column = own[rows, :, worst]
-        scaled = column / column[rows, worst].unsqueeze(1)
-        order[:, step], losses[:, step] = place[rows, worst], best
-        value -= scaled * value[rows, worst].unsqueeze(1)
-        own.addcmul_(scaled.unsqueeze(2), column.unsqueeze(1), value=-1)
-        open_[rows, worst], alive[rows, worst] = False, False
-    return Trace(order, losses)
 
 
 def obc_masks(trace: Trace, shape: tuple[int, int], count: int, scope: str = "layer") -> Tensor:
@@ -208,30 +109,60 @@ def reconstruct(weight: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
     return new
 
 
-def obc_prune(
+@dataclass(frozen=True)
+class TracedLayer:
+    """A layer that knows what each removal would cost, and can be pruned to any number of zeros.
+
+    Args:
+        weight: As the layer has it.
+        bias: Likewise, or ``None``.
+        rows: Weights and bias in float64, (groups, rows, d).
+        hessian: Damped, (groups, d, d).
+        trace: Of all rows.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    rows: Tensor
+    hessian: Tensor
+    trace: Trace
+
+    @property
+    def prices(self) -> Tensor:
+        r"""Each removal as a share of the output, :math:`\sum_r w_r H w_r^\top`, dearest on the way: (rows, steps)."""
+        energy = torch.einsum("grd,gde,gre->", self.rows, self.hessian, self.rows)
+        return self.trace.losses.cummax(1).values / energy.clamp(min=torch.finfo(energy.dtype).tiny)
+
+    def prune(self, count: int, scope: str = "layer") -> tuple[Tensor, Tensor | None]:
+        """Return new weight and bias with ``count`` zeros, in the dtypes of the old; scopes as in :func:`obc_masks`."""
+        groups, each, size = self.rows.shape
+        keep = obc_masks(self.trace, (groups * each, size), count, scope).view_as(self.rows)
+        new = torch.cat([reconstruct(*part) for part in zip(self.rows, self.hessian, keep, strict=True)])
+        columns = self.weight[0].numel()
+        weight = new[:, :columns].reshape(self.weight.shape).to(self.weight.dtype)
+        return weight, None if self.bias is None else new[:, columns].to(self.bias.dtype)
+
+
+def trace_layer(
     weight: Tensor,
     bias: Tensor | None,
     hessian: Tensor,
-    amount: float,
-    scope: str = "layer",
     damping: float = 0.01,
-) -> tuple[Tensor, Tensor | None]:
-    r"""Prune a whole layer to an amount with the update of Optimal Brain Compression (arXiv:2208.11580).
+    granularity: Granularity | None = None,
+    steps: int | None = None,
+) -> TracedLayer:
+    r"""Find the order in which each row of a layer would lose its weights.
 
     Args:
         weight: (out, in / groups, \*kernel).
         bias: (out,) or ``None``; moves too, is never pruned.
         hessian: (groups, d, d) from :func:`layer_hessian`, not damped.
-        amount: Share of zeros, 0 to below 1; exactly ``round(amount * size)`` weights go, but at least one stays.
-        scope: ``"layer"`` or ``"row"``, see :func:`obc_masks`; all groups together.
         damping: Share of the Hessian's mean diagonal that is added to it, above 0.
+        granularity: An N:M pattern that the rows must have in the end, or ``None`` for single weights.
+        steps: How many weights each row may lose; default all.
 
-    Returns:
-        New weight and bias, in the dtypes of the old.
-
-    >>> eye = torch.eye(2, dtype=torch.float64).unsqueeze(0)
-    >>> obc_prune(torch.tensor([[1.0, 3.0], [2.0, 4.0]]), None, eye, 0.5)[0].tolist()
-    [[0.0, 3.0], [0.0, 4.0]]
+    Raises:
+        ConfigurationError: If the Hessian does not fit the weight, or is not usable.
     """
     groups, size = len(hessian), hessian.shape[-1]
     columns = weight[0].numel()
@@ -243,15 +174,73 @@ def obc_prune(
             f"`hessian` must be (groups, {flat.shape[1]}, {flat.shape[1]}) for a weight {tuple(weight.shape)}"
             f"{'' if bias is None else ' with a bias'}, got {tuple(hessian.shape)}"
         )
-    damped = damp(hessian.double(), damping)
-    count = min(round(amount * weight.numel()), weight.numel() - 1)
-    share = -(-count // len(flat)) if scope == "row" else columns
-    parts = flat.view(groups, -1, size)
-    traces = [obc_trace(part, own, share, columns) for part, own in zip(parts, damped, strict=True)]
+    pattern = None
+    if granularity is not None and granularity.kind == "n:m":
+        pattern = input_pattern(weight.shape[1], columns // weight.shape[1], granularity.a, granularity.b)
+    damped, rows = damp(hessian.double(), damping), flat.view(groups, -1, size)
+    traces = [obc_trace(part, own, steps, columns, pattern) for part, own in zip(rows, damped, strict=True)]
     whole = Trace(torch.cat([t.order for t in traces]), torch.cat([t.losses for t in traces]))
-    keep = obc_masks(whole, (len(flat), size), count, scope).view_as(parts)
-    new = torch.cat([reconstruct(*part) for part in zip(parts, damped, keep, strict=True)])
-    return (
-        new[:, :columns].reshape(weight.shape).to(weight.dtype),
-        None if bias is None else new[:, columns].to(bias.dtype),
-    )
+    return TracedLayer(weight.detach(), None if bias is None else bias.detach(), rows, damped, whole)
+
+
+def counts_over_layers(layers: Mapping[str, TracedLayer], amount: float, floor: float = 0.0) -> dict[str, int]:
+    """Return how many weights each layer loses when all are weighed against each other, by relative error.
+
+    Args:
+        layers: Traced to the end, by path.
+        amount: Share of all their weights that goes, 0 to below 1.
+        floor: Least share of each layer that stays; at least one weight does.
+
+    >>> trace = Trace(torch.tensor([[0, 1]]), torch.tensor([[1.0, 2.0]]).double())
+    >>> small, large = (torch.tensor([[1.0, 1.0]]) * size for size in (1, 10))
+    >>> eye = torch.eye(2).double().unsqueeze(0)
+    >>> both = {n: TracedLayer(w, None, w.double()[None], eye, trace) for n, w in (("a", small), ("b", large))}
+    >>> counts_over_layers(both, 0.5)
+    {'a': 1, 'b': 1}
+    """
+    prices, owners = [], []
+    for index, layer in enumerate(layers.values()):
+        size = layer.weight.numel()
+        most = min(size - 1, int(size - floor * size))
+        cheapest = layer.prices.flatten().sort().values[:most]
+        prices.append(cheapest)
+        owners.append(torch.full_like(cheapest, index, dtype=torch.long))
+    wanted = round(amount * sum(layer.weight.numel() for layer in layers.values()))
+    chosen = torch.cat(owners)[torch.cat(prices).argsort(stable=True)[:wanted]]
+    return dict(zip(layers, torch.bincount(chosen, minlength=len(layers)).tolist(), strict=True))
+
+
+def obc_prune(
+    weight: Tensor,
+    bias: Tensor | None,
+    hessian: Tensor,
+    amount: float,
+    scope: str = "layer",
+    damping: float = 0.01,
+    granularity: Granularity | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    r"""Prune a whole layer to an amount with the update of Optimal Brain Compression (arXiv:2208.11580).
+
+    Args:
+        weight: (out, in / groups, \*kernel).
+        bias: (out,) or ``None``; moves too, is never pruned.
+        hessian: (groups, d, d) from :func:`layer_hessian`, not damped.
+        amount: Share of zeros, 0 to below 1; exactly ``round(amount * size)`` weights go, but at least one stays.
+        scope: ``"layer"`` or ``"row"``, see :func:`obc_masks`; all groups together.
+        damping: Share of the Hessian's mean diagonal that is added to it, above 0.
+        granularity: An N:M pattern, which says by itself how many weights of each row go; ``None`` for single weights.
+
+    Returns:
+        New weight and bias, in the dtypes of the old.
+
+    >>> eye = torch.eye(2, dtype=torch.float64).unsqueeze(0)
+    >>> obc_prune(torch.tensor([[1.0, 3.0], [2.0, 4.0]]), None, eye, 0.5)[0].tolist()
+    [[0.0, 3.0], [0.0, 4.0]]
+    """
+    pattern = granularity is not None and granularity.kind == "n:m"
+    count = round(amount * weight.numel())
+    share = -(-count // len(weight)) if scope == "row" and not pattern else None
+    traced = trace_layer(weight, bias, hessian, damping, granularity, share)
+    if pattern:
+        return traced.prune(traced.trace.order.numel(), "row")
+    return traced.prune(min(count, weight.numel() - 1), scope)

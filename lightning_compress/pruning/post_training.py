@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -17,20 +17,20 @@ from lightning_compress.core.plan import PlanRow
 from lightning_compress.core.run import Layers
 from lightning_compress.core.schedule import Schedule
 from lightning_compress.core.select import Select, Selection
-from lightning_compress.pruning.allocation import choose_masks
 from lightning_compress.pruning.calibration import (
-    Loss,
     calibration_batches,
     check_batches,
     collect_hessians,
     require_batches,
-    sample_gradients,
 )
-from lightning_compress.pruning.layerwise import ROW_SCOPES, obc_prune
+from lightning_compress.pruning.granularity import layout_of, misfit, parse_granularity
+from lightning_compress.pruning.layerwise import ROW_SCOPES, TracedLayer, counts_over_layers, obc_prune, trace_layer
 from lightning_compress.pruning.patches import CONVOLUTIONS
 from lightning_compress.pruning.targets import Target, find_targets
-from lightning_compress.pruning.woodfisher import FisherInverse, woodfisher_saliency, woodfisher_update
 
+SCOPES = (*ROW_SCOPES, "global")
+FLOOR = 0.005
+"""Least share of each tensor that stays where layers are weighed against each other."""
 ROOT = ""
 """Path of the model itself, which these methods run; selected beside the layers."""
 
@@ -137,19 +137,22 @@ class OptimalBrainCompression(PostTrainingPruning):
     support, and so is the bias. Needs no labels and no retraining. Layer-wise errors add up through the network: far
     beyond 90 % a few epochs of fine-tuning do more.
 
-    Every selected layer is pruned to the amount. It takes about ``out * in^3 / 3`` operations in float64 per layer, so
-    some minutes for a layer with 1,000 inputs and outputs on one core, and is meant for inputs up to a few thousand.
-    Frozen layers are pruned too.
+    It takes about ``out * in^3`` operations in float64 per layer, two to three minutes for a layer with 1,000 inputs
+    and outputs on one core, and is meant for inputs up to a few thousand. Frozen layers are pruned too.
 
     Runs on: CPU and CUDA, ``ddp``. A batch is called as ``model(batch)``, ``model(batch[0])`` or ``model(**batch)``.
 
     Args:
-        amount: Share of zeros in each layer, 0 to below 1.
+        amount: Share of zeros, 0 to below 1; of each layer, unless ``scope`` is ``"global"``.
         batches: Calibration data: a tensor, a list of batches, a loader, or a data module (its training data).
         select: Which layers; default all Linear and Conv1d/2d/3d except the last.
-        scope: ``"layer"`` weighs the rows of a layer against each other, ``"row"`` prunes each to the amount.
+        scope: ``"layer"`` weighs the rows of a layer against each other, ``"row"`` prunes each to the amount,
+            ``"global"`` weighs all layers against each other, by the error of each as a share of its output; every
+            layer keeps 0.5 %.
         damping: Share of the Hessian's mean diagonal that is added to its diagonal.
         samples: How many calibration samples are enough; whole batches are used.
+        granularity: ``"element"``, or a pattern such as ``"2:4"`` of which each N of M consecutive inputs stay; then
+            the amount is the pattern's, and layers whose inputs are no multiple of M are left alone.
         name: Tells two of these callbacks apart.
 
     Raises:
@@ -171,103 +174,65 @@ class OptimalBrainCompression(PostTrainingPruning):
         scope: str = "layer",
         damping: float = 0.01,
         samples: int = 1024,
+        granularity: str = "element",
         name: str | None = None,
     ) -> None:
         super().__init__(amount, batches, select, damping, samples, name)
-        if scope not in ROW_SCOPES:
-            raise ConfigurationError(f"`scope` is {scope!r}: {did_you_mean(str(scope), ROW_SCOPES)}")
-        self.scope = scope
+        if scope not in SCOPES:
+            raise ConfigurationError(f"`scope` is {scope!r}: {did_you_mean(str(scope), SCOPES)}")
+        self.scope, self.granularity = scope, parse_granularity(granularity)
+        if self.granularity.kind not in ("element", "n:m"):
+            raise ConfigurationError(f"`granularity` must be 'element' or a pattern such as '2:4', got {granularity!r}")
+        final = self.granularity.final
+        if final is not None and not math.isclose(amount, final):
+            raise ConfigurationError(f"`amount` is {amount:g}, but {granularity!r} removes {final:g}; write {final!r}")
+        if final is not None and scope == "global":
+            raise ConfigurationError(
+                f"`scope` 'global' gives each layer an amount of its own, {granularity!r} all the same; use 'layer'"
+            )
+
+    def choose(self, root: nn.Module) -> Selection:
+        """Select as the others do, and leave out what a pattern does not fit."""
+        selection = super().choose(root)
+        unfit = {
+            target.key: f"kept: {why}"
+            for target in self._targets
+            if (
+                why := misfit(
+                    target.weight(selection.layers).shape, self.granularity, layout_of(selection.layers[target.layer])
+                )
+            )
+        }
+        self._targets = [target for target in self._targets if target.key not in unfit]
+        if not self._targets:
+            raise SelectionError(
+                f"no layer fits {str(self.granularity)!r}: {'; '.join(f'{k}: {v}' for k, v in unfit.items())}"
+            )
+        kept = {ROOT, *(target.layer for target in self._targets)}
+        return Selection({p: m for p, m in selection.layers.items() if p in kept}, {**selection.left, **unfit})
 
     def prune(self, model: nn.Module, layers: Layers, batches: list[Any]) -> None:
         """Prune every layer by the inputs that it has in the model as it was."""
         hessians = collect_hessians(model, layers, batches)
+        traced: dict[str, TracedLayer] = {}
         for path, layer in layers.items():
             weight, bias = layer.get_parameter("weight"), dict(layer.named_parameters(recurse=False)).get("bias")
             try:
-                new = obc_prune(weight, bias, hessians.pop(path), self.schedule.final, self.scope, self.damping)
+                if self.scope == "global":
+                    traced[path] = trace_layer(weight, bias, hessians.pop(path), self.damping)
+                else:
+                    scope, damping = self.scope, self.damping
+                    new = obc_prune(
+                        weight, bias, hessians.pop(path), self.schedule.final, scope, damping, self.granularity
+                    )
+                    _put(layer, *new)
             except ConfigurationError as error:
                 raise ConfigurationError(f"{path!r}: {error}") from error
-            weight.data.copy_(new[0])
-            if bias is not None and new[1] is not None:
-                bias.data.copy_(new[1])
+        for path, count in counts_over_layers(traced, self.schedule.final, FLOOR).items() if traced else ():
+            _put(layers[path], *traced.pop(path).prune(count))
 
 
-class FisherPruning(PostTrainingPruning):
-    r"""Prune where the loss rises least by its empirical Fisher information (WoodFisher, arXiv:2004.14340).
-
-    All layers are ranked together by :math:`w_q^2 / (2 [F^{-1}]_{qq})`, with F from the gradients of single
-    samples in blocks of consecutive weights; the weights of a block that stay move to make up for those that go. With
-    ``block=1`` that is Optimal Brain Damage: the diagonal alone, and no update.
-
-    Needs labels. Takes ``weights * block`` numbers of memory, and the time of one backward pass and three passes over
-    those numbers per sample. The quadratic is trusted only near the trained weights: beyond some sparsity, repeat it in
-    steps with fine-tuning between.
-
-    Runs on: any device, ``ddp``. A batch is a pair of inputs and targets.
-
-    Args:
-        amount: Share of zeros over all selected weights, 0 to below 1; each tensor keeps at least 0.5 %.
-        batches: As in :class:`OptimalBrainCompression`, with targets.
-        loss: Called with output and target of one sample; default cross entropy.
-        select: Which layers; default all Linear and Conv1d/2d/3d except the last.
-        block: Weights per block, at least 1.
-        damping: What is added to the diagonal of F, above 0.
-        samples: How many gradients to use.
-        name: Tells two of these callbacks apart.
-
-    Raises:
-        ConfigurationError: For a value outside its range, or batches without targets.
-        SelectionError: If no layer is selected.
-
-    >>> from lightning_compress import compress
-    >>> net = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
-    >>> pairs = [(torch.randn(32, 8), torch.randint(0, 2, (32,)))]
-    >>> pruned = compress(net, FisherPruning(0.75, batches=pairs, block=8))
-    >>> int((pruned[0].weight == 0).sum())
-    24
-    """
-
-    FLOOR: ClassVar[float] = 0.005
-    """Least share of each tensor that stays."""
-
-    def __init__(
-        self,
-        amount: float,
-        batches: Any = None,
-        loss: Loss | None = None,
-        select: Select | None = None,
-        block: int = 50,
-        damping: float = 1e-5,
-        samples: int = 512,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(amount, batches, select, damping, samples, name)
-        if loss is not None and not callable(loss):
-            raise ConfigurationError(f"`loss` must be callable with output and target, got {loss!r}")
-        if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-            raise ConfigurationError(f"`block` must be an int >= 1, got {block!r}")
-        self.loss, self.block = loss, block
-
-    def prune(self, model: nn.Module, layers: Layers, batches: list[Any]) -> None:
-        """Rank all weights by the Fisher information at the model as it is, and update them once."""
-        weights = {target.key: target.weight(layers) for target in self._targets}
-        inverses = self._inverses(model, weights, batches)
-        scores = {key: woodfisher_saliency(weight, inverses[key]) for key, weight in weights.items()}
-        for key, mask in choose_masks(scores, self.schedule.final, "global", self.FLOOR).items():
-            weights[key].data.copy_(woodfisher_update(weights[key], inverses[key], mask != 0))
-
-    def _inverses(self, model: nn.Module, weights: dict[str, nn.Parameter], batches: list[Any]) -> dict[str, Any]:
-        taken = itertools.islice(sample_gradients(model, weights, batches, self.loss), self.samples)
-        total = min(self.samples, sum(_targets_in(batch) for batch in batches))
-        inverses = {
-            key: FisherInverse(weight.numel(), max(total, 1), self.block, self.damping, device=weight.device)
-            for key, weight in weights.items()
-        }
-        for gradients in taken:
-            for key, gradient in gradients.items():
-                inverses[key].add(gradient)
-        return inverses
-
-
-def _targets_in(batch: Any) -> int:
-    return len(batch[1]) if isinstance(batch, list | tuple) and len(batch) > 1 and isinstance(batch[1], Tensor) else 0
+def _put(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    layer.get_parameter("weight").data.copy_(weight)
+    if bias is not None:
+        layer.get_parameter("bias").data.copy_(bias)

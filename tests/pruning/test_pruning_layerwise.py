@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +12,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_compress import ConfigurationError
-from lightning_compress.pruning.layerwise import Trace, damp, obc_masks, obc_prune, obc_trace, reconstruct
+from lightning_compress.pruning import obc_trace as obc_trace_module
+from lightning_compress.pruning.granularity import from_units, layout_of, parse_granularity, to_units
+from lightning_compress.pruning.layerwise import (
+    counts_over_layers,
+    damp,
+    obc_masks,
+    obc_prune,
+    reconstruct,
+    trace_layer,
+)
+from lightning_compress.pruning.obc_trace import Pattern, Trace, input_pattern, obc_trace
 from lightning_compress.pruning.patches import layer_hessian, layer_patches
 from lightning_compress.pruning.second_order import obs_prune_exact
 
@@ -93,7 +106,7 @@ def hessian_of(size: int, seed: int) -> Tensor:
 
 
 @settings(max_examples=15, deadline=None)
-@given(rows=st.integers(1, 4), size=st.integers(1, 40), seed=st.integers(0, 10**6))
+@given(rows=st.integers(1, 4), size=st.integers(1, 80), seed=st.integers(0, 10**6))
 def test_traces_are_those_of_exact_surgery_row_by_row(rows: int, size: int, seed: int):
     hessian = hessian_of(size, seed)
     weight = torch.randn(rows, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -106,6 +119,85 @@ def test_traces_are_those_of_exact_surgery_row_by_row(rows: int, size: int, seed
         keep = torch.ones(1, size, dtype=torch.bool)
         keep[0, list(exact.order)] = False
         assert torch.allclose(reconstruct(weight[row : row + 1], hessian, keep)[0], exact.weight, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_rows_in_small_chunks_are_those_in_one(rows: int, monkeypatch: pytest.MonkeyPatch):
+    weight, hessian = torch.randn(5, 70, dtype=torch.float64), hessian_of(70, 3)
+    whole = obc_trace(weight, hessian)
+    monkeypatch.setattr(obc_trace_module, "_CHUNK_BYTES", 8 * 70**2 * rows)
+    parts = obc_trace(weight, hessian)
+    assert torch.equal(parts.order, whole.order)
+    assert torch.allclose(parts.losses, whole.losses)
+
+
+def greedy_pattern(weight: np.ndarray, inverse: np.ndarray, pattern: Pattern) -> list[int]:
+    """Remove one weight after the other by the definition, with a fresh rank-1 downdate each time."""
+    sets, order = pattern.sets.numpy(), []
+    w, h = weight.copy(), inverse.copy()
+    while True:
+        full = [s for s in set(sets.tolist()) if sum(sets[p] == s for p in order) == pattern.most]
+        may = [p for p in range(len(sets)) if p not in order and sets[p] not in full]
+        if not may:
+            return order
+        p = min(may, key=lambda q: w[q] ** 2 / h[q, q])
+        w -= h[:, p] * w[p] / h[p, p]
+        h -= np.outer(h[:, p], h[p]) / h[p, p]
+        order.append(p)
+
+
+@pytest.mark.parametrize(("inputs", "positions", "n", "m"), [(8, 1, 2, 4), (4, 9, 1, 4), (48, 1, 2, 4), (6, 2, 2, 3)])
+def test_patterns_are_cut_greedily(inputs: int, positions: int, n: int, m: int):
+    size, pattern = inputs * positions, input_pattern(inputs, positions, n, m)
+    hessian, weight = hessian_of(size + 1, 2), torch.randn(3, size + 1, dtype=torch.float64)
+    trace = obc_trace(weight, hessian, prunable=size, pattern=pattern)
+    inverse = torch.linalg.inv(hessian).numpy()
+    for row in range(3):
+        assert trace.order[row].tolist() == greedy_pattern(weight[row].numpy(), inverse, pattern)
+    kept = torch.ones(3, size).scatter(1, trace.order, 0).view(3, inputs // m, m, positions).sum(2)
+    assert (kept == n).all()
+
+
+@pytest.mark.parametrize("name", ["linear_8", "conv", "grouped", "conv1d"])
+def test_a_layer_with_a_pattern_loses_less_than_by_magnitude(name: str):
+    torch.manual_seed(1)
+    layer, inputs = {
+        "linear_8": (nn.Linear(8, 4), torch.randn(40, 8) @ torch.randn(8, 8)),
+        "conv": (nn.Conv2d(4, 5, 3), torch.randn(3, 4, 9, 9).cumsum(2)),
+        "grouped": (nn.Conv2d(8, 4, 3, groups=2), torch.randn(3, 8, 9, 9).cumsum(3)),
+        "conv1d": (nn.Conv1d(4, 6, 3, stride=2, bias=False), torch.randn(8, 4, 21).cumsum(2)),
+    }[name]
+    granularity, layout = parse_granularity("2:4"), layout_of(layer)
+    before = layer(inputs).detach()
+    weight, bias = obc_prune(layer.weight, layer.bias, layer_hessian(layer, inputs), 0.5, granularity=granularity)
+    units = to_units(weight, layout)
+    assert (units.unflatten(2, (-1, 4)).ne(0).sum(3) == 2).all()
+    plain = copy.deepcopy(layer)
+    with torch.no_grad():
+        size = to_units(layer.weight.abs(), layout).unflatten(2, (-1, 4))
+        small = torch.zeros_like(size).scatter(3, size.argsort(3)[..., :2, :], 1).flatten(2, 3)
+        plain.weight.copy_(from_units(to_units(layer.weight, layout) * (1 - small), layout, layer.weight.shape))
+        layer.weight.copy_(weight)
+        if bias is not None:
+            layer.bias.copy_(bias)
+        errors = [float((net(inputs) - before).square().sum()) for net in (layer, plain)]
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_layers_against_each_other_spare_the_one_that_needs_its_weights():
+    torch.manual_seed(0)
+    few = torch.randn(60, 3, dtype=torch.float64) @ torch.randn(3, 12, dtype=torch.float64)
+    many = torch.randn(60, 12, dtype=torch.float64)
+    traced = {}
+    for name, seen, scale in (("redundant", few, 1.0), ("dense", many, 1e-3)):
+        weight = scale * torch.randn(6, 12, dtype=torch.float64)
+        traced[name] = trace_layer(weight, None, (2 * seen.T @ seen)[None], 1e-4)
+    counts = counts_over_layers(traced, 0.5)
+    assert sum(counts.values()) == 72
+    assert counts["redundant"] > 1.3 * counts["dense"] > 0
+    for name, count in counts.items():
+        assert int((traced[name].prune(count)[0] == 0).sum()) == count
+    assert max(counts_over_layers(traced, 0.9, floor=0.1).values()) <= 65
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -21,6 +21,7 @@ from lightning_compress import ConfigurationError, FisherPruning, OptimalBrainCo
 from lightning_compress.data import DigitsDataModule
 from lightning_compress.models import ImageClassifier
 from lightning_compress.pruning.calibration import calibration_batches, collect_hessians, sample_gradients
+from lightning_compress.pruning.granularity import layout_of, to_units
 from lightning_compress.pruning.patches import layer_hessian
 from lightning_compress.pruning.second_order import fisher_diagonal, obd_saliency
 
@@ -92,6 +93,49 @@ def test_a_transformer_says_what_it_leaves():
     left = method.choose(model).left
     assert "attention" in left["attend.out_proj"]
     assert "tied" in left["decode.weight"]
+
+
+def test_two_of_four_and_what_that_leaves_alone():
+    torch.manual_seed(0)
+    model = Mixed().eval()
+    method = OptimalBrainCompression(0.5, images(), Select(), granularity="2:4")
+    pruned = lc.compress(model, method)
+    for layer in (pruned.grouped, pruned.head):
+        units = to_units(layer.weight, layout_of(layer)).unflatten(2, (-1, 4))
+        assert (units.ne(0).sum(3) == 2).all()
+    left = method.choose(model).left
+    assert left["stem.weight"] == "kept: its 1 inputs are not a multiple of 4"
+    assert torch.equal(pruned.stem.weight, model.stem.weight)
+    assert torch.equal(pruned.depthwise.weight, model.depthwise.weight)
+    with pytest.raises(SelectionError, match=r"no layer fits '2:4': stem\.weight: kept: its 1 inputs"):
+        lc.compress(model, OptimalBrainCompression(0.5, images(), Select(include="stem"), granularity="2:4"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"amount": 0.6, "granularity": "2:4"}, "`amount` is 0.6, but '2:4' removes 0.5"),
+        ({"amount": 0.5, "granularity": "filter"}, "`granularity` must be 'element' or a pattern such as '2:4'"),
+        ({"amount": 0.5, "granularity": "2:4", "scope": "global"}, "`scope` 'global' gives each layer"),
+        ({"amount": 0.5, "scope": "globl"}, "did you mean 'global'"),
+    ],
+)
+def test_patterns_and_scopes_that_contradict(arguments: dict[str, Any], match: str):
+    with pytest.raises(ConfigurationError, match=match):
+        OptimalBrainCompression(batches=images(), **arguments)
+
+
+def test_all_layers_against_each_other_lose_less_than_all_the_same():
+    torch.manual_seed(0)
+    model = Mixed().eval()
+    total = sum(layer.weight.numel() for layer in (model.stem, model.depthwise, model.grouped, model.head))
+    errors = {}
+    for scope in ("layer", "global"):
+        pruned = lc.compress(model, OptimalBrainCompression(0.6, images(), Select(), scope=scope))
+        zeros = sum(int((p == 0).sum()) for p in pruned.parameters() if p.dim() > 1)
+        assert abs(zeros - round(0.6 * total)) <= (2 if scope == "layer" else 0)
+        errors[scope] = float((pruned(images()) - model(images())).detach().square().sum())
+    assert errors["global"] < errors["layer"]
 
 
 def test_a_layer_that_is_called_twice_sees_both_inputs():
