@@ -97,6 +97,21 @@ def test_milliseconds_and_what_cannot_be_reached(monkeypatch: pytest.MonkeyPatch
     assert fast.history[0]["latency"] == 1.0
 
 
+def test_a_machine_that_slows_down_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fake_clock(monkeypatch)
+    honest = LatencySearch.measure
+
+    def slower(self: LatencySearch, models: Sequence[nn.Module], seconds: float) -> list[list[float]]:
+        before, *after = honest(self, models, seconds)
+        return [before, *([[t * len(calls) for t in times] for times in after] if len(calls) > 1 else after)]
+
+    monkeypatch.setattr(LatencySearch, "measure", slower)
+    callback = StructuredPruning(latency=0.5)
+    with pytest.warns(UserWarning, match=r"which is missed; is the machine busy\?"):
+        lc.compress(mlp(), callback, example_inputs=X)
+    assert callback._search.record()["met"] is False
+
+
 class Task(LightningModule):
     def __init__(self) -> None:
         super().__init__()
@@ -154,6 +169,7 @@ def test_widths_are_decided_once_and_a_resume_does_not_measure(tmp_path: Path, m
         assert other._search.widths == whole._search.widths
 
 
+@pytest.mark.filterwarnings("ignore:.*which is missed; is the machine busy")
 def test_a_real_measurement_is_bounded_in_time_and_roughly_right() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 8))

@@ -118,6 +118,25 @@ def test_gradients_seen_in_fit_decide() -> None:
     assert taken._cuts["0"] == [1, 3]
 
 
+def test_layers_that_the_loss_does_not_reach_go_first() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(chain(2, 8, 2), chain(2, 8, 2), nn.Linear(2, 2))
+    groups = coupled_groups(net, torch.rand(2, 2)).groups
+    assert [group.name for group in groups] == ["0.0", "0.2", "1.0", "1.2"]
+    net[2](net[0](torch.rand(8, 2))).square().sum().backward()  # as if a branch had been skipped
+    layers = dict(net.named_modules())
+    ranking, seen = Ranking("taylor", "global_raw"), {}
+    assert [group.name for group in groups] == ["used.0", "used.2", "idle.0"]
+    ranking.look(groups, layers, seen)
+    scores = ranking.score(groups, layers, seen)
+    assert "1.0" not in seen
+    assert not scores["1.0"].any()
+    assert scores["0.0"].any()
+    twice = dict(seen)
+    ranking.look(groups, layers, twice)
+    assert torch.equal(twice["0.0"], 2 * seen["0.0"])
+
+
 def test_groups_without_what_the_ranking_reads_are_named() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(*chain(4, 8, 8, norm=True), nn.ReLU(), nn.Linear(8, 2))

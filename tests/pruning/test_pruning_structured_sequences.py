@@ -169,6 +169,14 @@ def test_all_heads_kept_compute_what_torch_does(batch_first: bool, masked: str) 
     assert torch.allclose(whole(single, single, single)[0], heads(single, single, single)[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("heads", [[], [4], [[0, 9]], [2, 1], [[0, 1], 1], [[0, 10**12]]])
+def test_hostile_heads_are_refused(heads: list) -> None:
+    with pytest.raises(ConfigurationError, match=r"must rise and lie in 0\.\.3"):
+        keep_heads(nn.MultiheadAttention(8, 4), heads)
+    with pytest.raises(ConfigurationError, match="of attention only, not of Linear"):
+        keep_heads(nn.Linear(8, 4), [0])
+
+
 def test_a_mask_for_each_of_the_old_heads_is_refused() -> None:
     heads = keep_heads(nn.MultiheadAttention(8, 4, batch_first=True), [0, 2])
     with pytest.raises(ConfigurationError, match="`attn_mask` has 12 masks"):

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_compress.core.callback import CompressionCallback
@@ -216,8 +217,10 @@ class StructuredPruning(CompressionCallback):
     def attach_values(self, layers: Layers) -> None:
         """Check that loaded channels belong to groups that were found."""
         widths = {group.name: group.channels for group in self._groups}
-        for name, channels in self._cuts.items():
-            if name not in widths or (channels and channels[-1] >= widths[name]):
+        decided = {} if self._search is None else self._search.widths
+        last = {name: max([0, *channels]) for name, channels in {**dict.fromkeys(decided, ()), **self._cuts}.items()}
+        for name in [*last, *(name for name in widths if decided and name not in decided)]:
+            if name not in widths or last.get(name, widths[name]) >= widths[name]:
                 raise ConfigurationError(
                     f"the checkpoint cuts channels of {name!r}, which cannot be cut now; {did_you_mean(name, widths)} "
                     "Resume with the `select` and the model it was written with"
@@ -252,6 +255,8 @@ class StructuredPruning(CompressionCallback):
 
         share_of = self._counted.share
         search.solve(widths_at, share_of, share_of(self._least), self.limits.round_to)
+        if not search.record()["met"]:
+            rank_zero_warn(f"{self.state_key}: measured {search.describe()}, which is missed; is the machine busy?")
 
     def _ranked(
         self, groups: tuple[ChannelGroup, ...], layers: Layers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -133,9 +135,20 @@ def keep_heads(layer: nn.Module, heads: list[int | list[int]]) -> nn.Module:
     Args:
         layer: ``nn.MultiheadAttention`` or :class:`HeadAttention`.
         heads: Numbers of the heads that stay, runs as ``[first, last]``.
+
+    Raises:
+        ConfigurationError: If the layer is not attention, or the numbers do not rise or are not those of heads.
+
+    >>> keep_heads(nn.MultiheadAttention(8, 4), [0, [2, 3]])
+    HeadAttention(
+      8, num_heads=3, head_dim=2
+      (in_proj): Linear(in_features=8, out_features=18, bias=True)
+      (out_proj): Linear(in_features=6, out_features=8, bias=True)
+    )
     """
     if not isinstance(layer, nn.MultiheadAttention | HeadAttention):
         raise ConfigurationError(f"heads can be kept of attention only, not of {type(layer).__name__}")
+    _check_heads(heads, int(layer.num_heads))
     weight: Tensor = layer.in_proj.weight if isinstance(layer, HeadAttention) else layer.in_proj_weight
     bias: Tensor | None = layer.in_proj.bias if isinstance(layer, HeadAttention) else layer.in_proj_bias
     kept = torch.tensor(expand_ranges(heads), device=weight.device)
@@ -153,6 +166,14 @@ def keep_heads(layer: nn.Module, heads: list[int | list[int]]) -> nn.Module:
     if bias is not None:
         new.in_proj.bias, new.out_proj.bias = pick(bias, 0, 3), layer.out_proj.bias
     return new
+
+
+def _check_heads(heads: list[int | list[int]], count: int) -> None:
+    bounds = [bound for item in heads for bound in ((item, item) if isinstance(item, int) else item)]
+    rising = all(one <= other for one, other in pairwise(bounds)) and len(bounds) == 2 * len(heads)
+    apart = all(last < first for last, first in zip(bounds[1:-1:2], bounds[2::2], strict=True))
+    if not bounds or not rising or not apart or bounds[0] < 0 or bounds[-1] >= count:
+        raise ConfigurationError(f"`heads` that stay must rise and lie in 0..{count - 1}, got {str(heads)[:80]}")
 
 
 def head_groups(model: nn.Module, called: set[str]) -> tuple[list[ChannelGroup], dict[str, str]]:

@@ -84,6 +84,11 @@ def channel_scores(group: ChannelGroup, layers: Layers, kind: str = "l2") -> Ten
     if kind == "random":
         generator = torch.Generator().manual_seed(zlib.crc32(group.name.encode()))
         return torch.rand(group.channels, generator=generator, dtype=torch.float64)
+    if kind == "taylor" and not has_gradients(group, layers):
+        raise ConfigurationError(
+            f"'taylor' importance needs gradients, but {group.name!r} has none: give the callback to a Trainer, or "
+            "call `loss.backward()` first and compress with `inplace=True`"
+        )
     total, places = torch.zeros(group.channels, dtype=torch.float64), 0
     for touch in group.touches:
         weight = _weight(touch, layers, kind)
@@ -103,6 +108,12 @@ def channel_scores(group: ChannelGroup, layers: Layers, kind: str = "l2") -> Ten
 def has_scales(group: ChannelGroup, layers: Layers) -> bool:
     """Return whether a norm with weights scales each channel of a group."""
     return any(_weight(touch, layers, "bn_scale") is not None for touch in group.touches)
+
+
+def has_gradients(group: ChannelGroup, layers: Layers) -> bool:
+    """Return whether any tensor of a group has a gradient."""
+    weights = (_weight(touch, layers, "taylor") for touch in group.touches)
+    return any(weight is not None and weight.grad is not None for weight in weights)
 
 
 def _weight(touch: Touch, layers: Layers, kind: str) -> nn.Parameter | None:
@@ -129,11 +140,8 @@ def _l2(weight: nn.Parameter, dim: int, name: str) -> Tensor:
 
 
 def _taylor(weight: nn.Parameter, dim: int, name: str) -> Tensor:
-    if weight.grad is None:
-        raise ConfigurationError(
-            f"'taylor' importance needs gradients, but {name!r} has none: give the callback to a Trainer, or call "
-            "`loss.backward()` first and compress with `inplace=True`"
-        )
+    if weight.grad is None:  # what the loss does not depend on
+        return torch.zeros(weight.shape[dim], dtype=torch.float64)
     return _rows(weight.detach() * weight.grad.detach(), dim).sum(1, dtype=torch.float64).cpu()
 
 

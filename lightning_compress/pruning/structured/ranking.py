@@ -11,7 +11,13 @@ from torch import Tensor
 
 from lightning_compress.core.errors import ConfigurationError, did_you_mean
 from lightning_compress.pruning.structured.groups import ChannelGroup, Layers
-from lightning_compress.pruning.structured.importance import KINDS, by_mean, channel_scores, lamp
+from lightning_compress.pruning.structured.importance import (
+    KINDS,
+    by_mean,
+    channel_scores,
+    has_gradients,
+    lamp,
+)
 from lightning_compress.pruning.structured.limits import from_mapping
 
 SCOPES = ("global", "layer", "lamp", "global_raw")
@@ -53,12 +59,10 @@ class Ranking:
         Args:
             groups: The groups.
             layers: Modules by path.
-            seen: What :meth:`look` has added up; where a group is missing, its gradients must be there.
+            seen: What :meth:`look` has added up; a group that is missing there had no gradients. If nothing was seen,
+                gradients must be there now.
         """
-        raw = {
-            group.name: seen[group.name] if group.name in seen else channel_scores(group, layers, self.importance)
-            for group in groups
-        }
+        raw = {group.name: self._raw(group, layers, seen) for group in groups}
         compare = {"lamp": lamp, "global_raw": lambda scores: scores}.get(self.scope, by_mean)
         return {name: compare(scores) for name, scores in raw.items()}
 
@@ -67,14 +71,14 @@ class Ranking:
         if self.importance != "taylor":
             return
         for group in groups:
-            if _has_gradients(group, layers):
+            if has_gradients(group, layers):
                 scores = channel_scores(group, layers, "taylor")
                 seen[group.name] = seen[group.name] + scores if group.name in seen else scores
 
-
-def _has_gradients(group: ChannelGroup, layers: Layers) -> bool:
-    tensors = [getattr(layers[touch.path], name) for touch in group.touches for name, _ in touch.tensors]
-    return all(t.grad is not None for t in tensors if isinstance(t, torch.nn.Parameter))
+    def _raw(self, group: ChannelGroup, layers: Layers, seen: Mapping[str, Tensor]) -> Tensor:
+        if not seen:
+            return channel_scores(group, layers, self.importance)
+        return seen.get(group.name, torch.zeros(group.channels, dtype=torch.float64))
 
 
 def as_ranking(ranking: Ranking | str | Mapping[str, Any] | None) -> Ranking:
