@@ -42,8 +42,8 @@ class Distillation(Callback):
     What it cannot do, and the module can:
 
     - the loss that ``training_step`` returns and logs stays the task's own; ``distill/*`` is logged beside it;
-    - a layer counts only if the task's loss depends on what it returned (an error says so if not), so not one inside a
-      ``torch.compile``-d part (the part as a whole can be tapped), and not with a step that is skipped (``None``);
+    - a layer counts only if the task's loss depends on what it returned; an error says so if not. Inside a
+      ``torch.compile``-d part a tapped layer breaks the graph, which the module's taps do not;
     - ``task_weight`` scales what flows back through the student's output; penalties that ``training_step`` adds for
       other tensors keep their weight;
     - gradients that ``training_step`` takes itself (``autograd.grad``) know nothing of the teacher;

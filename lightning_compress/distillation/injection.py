@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from lightning_compress.core.errors import ConfigurationError
@@ -35,7 +36,6 @@ class Injector:
     Args:
         output: The layer whose own gradient is scaled too, by ``weight`` of :meth:`provide`.
 
-    >>> import torch
     >>> injector = Injector("")
     >>> x = torch.ones(2, requires_grad=True)
     >>> z = 2 * x
@@ -51,6 +51,7 @@ class Injector:
         self.weight: float | None = None
         self._places: dict[int, _Place] = {}
 
+    @torch.compiler.disable
     def leaf(self, tensor: Tensor, path: str) -> Tensor:
         """Return a copy of ``tensor`` without its graph; a gradient the copy gets will be added to the tensor's."""
         copied = tensor.detach().clone()
@@ -80,8 +81,7 @@ class Injector:
         if lost:
             raise ConfigurationError(
                 f"the task's loss does not depend on what {lost[0].path or 'the module'!r} returned, so the callback's "
-                "gradients cannot reach it (a layer inside a compiled part, or one whose output is not used); name "
-                "another layer, or use DistillationModule"
+                "gradients cannot reach it; name another layer, or use DistillationModule"
             )
 
     def _adder(self, place: _Place) -> Hook:

@@ -113,8 +113,8 @@ def defines_forward(module: nn.Module) -> bool:
     classes = iter(type(module).__mro__)
     for cls in classes:
         forward = vars(cls).get("forward")
-        if getattr(forward, "__module__", "").startswith(("lightning.", "pytorch_lightning.")):
-            while not cls.__module__.startswith(("lightning.", "pytorch_lightning.")):  # it calls the next one's
+        if getattr(forward, "__qualname__", "") == "LightningModule.forward":
+            while cls.__name__ != "LightningModule":  # it calls what stands behind that class
                 cls = next(classes)
         elif forward is not None:
             return forward is not nn.Module.forward
