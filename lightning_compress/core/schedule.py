@@ -214,6 +214,8 @@ class Timeline:
     def __str__(self) -> str:
         schedule, count = self.schedule, self.updates
         when = f"{count} updates in optimizer steps {self.start} to {self.end}" if count > 1 else f"step {self.start}"
+        if schedule.initial == schedule.final:
+            return f"constant {schedule.final:g}, {when}"
         return f"{schedule.shape} from {schedule.initial:g} to {schedule.final:g}, {when}"
 
     def due(self, t: int) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -305,3 +305,12 @@ def test_more_layers_can_be_selected() -> None:
     Trainer(callbacks=[method], max_epochs=1, **QUIET).fit(net := Net())
     total = sum(int((layer.weight != 0).sum()) for layer in (net.first, net.second, net.head))
     assert total == 248  # of 496
+
+
+@pytest.mark.filterwarnings("ignore:.*WeightAveraging")
+def test_averaged_weights_are_as_sparse() -> None:
+    method = DynamicSparseTraining(0.6, every={"step": 2})
+    net, _ = train(method, before=[EMAWeightAveraging(decay=0.9)])
+    assert int((net.first.weight != 0).sum() + (net.second.weight != 0).sum()) <= 179
+    with pytest.raises(ConfigurationError, match="wrong order"):
+        Trainer(max_epochs=1, callbacks=[DynamicSparseTraining(0.6), EMAWeightAveraging()], **QUIET).fit(Net())
