@@ -7,13 +7,26 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
-from lightning_compress import Select, SelectionError, compress, journal_of, load_compressed, save_compressed
+from lightning_compress import (
+    ConfigurationError,
+    NeuronMerging,
+    Select,
+    SelectionError,
+    StructuredPruning,
+    ZeroChannelRemoval,
+    compress,
+    journal_of,
+    load_compressed,
+    save_compressed,
+)
 from lightning_compress.models import LeNet5
 from lightning_compress.pruning.fitting import following_norms
 from lightning_compress.pruning.structured import coupled_groups
-from lightning_compress.pruning.structured.zero_channels import ZeroChannelRemoval, zero_channels_in
+from lightning_compress.pruning.structured.zero_channels import zero_channels_in
 
 
 def zero_channels(net: nn.Module, inputs: Tensor) -> dict[str, list[int]]:
@@ -136,3 +149,19 @@ def test_only_selected_layers_are_cut() -> None:
     assert (small[0].out_channels, small[2].out_channels) == (6, 3)
     with pytest.raises(SelectionError, match="no channels of Sequential can be cut"):
         compress(net, ZeroChannelRemoval(Select(include=("4",))), example_inputs=IMAGES)
+
+
+class Hidden(BoringModel):
+    """Two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 2))  # type: ignore[assignment]
+
+
+def test_two_callbacks_never_cut_the_same_model() -> None:
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    for other in (StructuredPruning(0.5), NeuronMerging(0.5), ZeroChannelRemoval(name="again")):
+        trainer = Trainer(max_epochs=1, callbacks=[other, ZeroChannelRemoval()], accelerator="cpu", **quiet)
+        with pytest.raises(ConfigurationError, match="change the same weights; remove one of them"):
+            trainer.fit(Hidden())

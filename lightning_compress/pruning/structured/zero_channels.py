@@ -18,6 +18,8 @@ from lightning_compress.core.run import Layers
 from lightning_compress.core.schedule import Schedule
 from lightning_compress.core.select import Select, Selection
 from lightning_compress.pruning.fitting import following_norms
+from lightning_compress.pruning.merging import NeuronMerging
+from lightning_compress.pruning.structured.callbacks import StructuredPruning
 from lightning_compress.pruning.structured.groups import ChannelGroup, Touch, slice_edits
 from lightning_compress.pruning.structured.roles import CUTTABLE, PASSING
 from lightning_compress.pruning.structured.trace import coupled_groups
@@ -77,11 +79,11 @@ class ZeroChannelRemoval(CompressionCallback):
     """Cut out channels that training has made zero, for a model that is really smaller and faster.
 
     The second half of Structured Sparsity Learning (Wen et al., arXiv 1608.03665) and network slimming (Liu et al.,
-    arXiv 1708.06519): ``SparsityRegularization`` or filter pruning makes zeros, this finds the channels that are zero
-    wherever they are made or read (:func:`zero_channels_in`), with all that is coupled to them, and slices them out of
-    a copy after fit, ``callback.compressed``; in ``compress(model, ...)`` at once. The output stays what it was, except
-    where a function turns a zero channel into a constant. Needs Torch-Pruning (``lightning-compress[structured]``) to
-    find groups; a reload does not.
+    arXiv 1708.06519): ``SparsityRegularization`` makes zeros, this finds the channels that are zero wherever they are
+    made or read (:func:`zero_channels_in`), with all that is coupled to them, and slices them out of a copy after fit,
+    ``callback.compressed``; in ``compress(model, ...)`` at once. The output stays what it was, except where a function
+    turns a zero channel into a constant. Channels that a bias or a shift keeps from zero stay. Needs Torch-Pruning
+    (``lightning-compress[structured]``) to find groups; a reload does not.
 
     Runs on: any device, ``ddp``; refuses sharded strategies.
 
@@ -164,3 +166,6 @@ class ZeroChannelRemoval(CompressionCallback):
     def _cuts(self, layers: Layers) -> dict[str, list[int]]:
         cuts = {group.name: zero_channels_in(group, layers, self._norms) for group in self._groups}
         return {name: channels for name, channels in cuts.items() if channels}
+
+
+ZeroChannelRemoval.conflicts_with = (ZeroChannelRemoval, StructuredPruning, NeuronMerging)  # they would cut twice
