@@ -1,6 +1,8 @@
 """Distillation: a small student learns from a large teacher."""
 
 from lightning_compress.distillation.adapters import Adapters, Regressor
+from lightning_compress.distillation.cache import TeacherCache, cache_teacher
+from lightning_compress.distillation.cached_data import CachedBatch, CachedCollate, CachedDataset, cached_loader
 from lightning_compress.distillation.callbacks import Distillation
 from lightning_compress.distillation.losses import (
     AttentionTransfer,
@@ -34,6 +36,9 @@ __all__ = [
     "Answer",
     "AttentionTransfer",
     "BoundedRegression",
+    "CachedBatch",
+    "CachedCollate",
+    "CachedDataset",
     "ChannelWiseDistillation",
     "ContrastiveRepresentation",
     "DecoupledDistillation",
@@ -60,7 +65,10 @@ __all__ = [
     "SimilarityPreserving",
     "Supervised",
     "Teacher",
+    "TeacherCache",
     "Term",
     "as_teacher",
+    "cache_teacher",
+    "cached_loader",
     "load_teacher",
 ]

@@ -1,5 +1,6 @@
 """Teacher outputs on disk: right rows for right samples, and a refusal whenever they would be wrong."""
 
+import copy
 import json
 import pickle
 import threading
@@ -7,10 +8,11 @@ import threading
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from lightning_compress import ArtifactError, ConfigurationError
+from lightning_compress import ArtifactError, ConfigurationError, DistillationModule
 from lightning_compress.core.examples import example_from
 from lightning_compress.data import CropFlip, ResumableLoader, TensorImages
 from lightning_compress.data.tensors import already_batched
@@ -56,6 +58,17 @@ class Doubling(Teacher):
 
     def fingerprint(self):
         return "doubling"
+
+
+def quiet_trainer(epochs):
+    return Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
 
 
 def pad(samples):
@@ -164,6 +177,29 @@ def test_a_cache_is_a_teacher_for_batches_that_bring_its_outputs(loader, tmp_pat
     assert cache.fingerprint() == "doubling"
     with pytest.raises(ConfigurationError, match=r"bring no stored outputs; train on `cached_loader\(loader, cache\)`"):
         cache.answer(Question((), {}, batch))
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_training_on_stored_outputs_equals_training_with_the_teacher(teacher, tmp_path):
+    def trained(cached):
+        torch.manual_seed(1)
+        student = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+        data = TensorDataset(plain_data().tensors[0], torch.arange(SAMPLES) % 3)
+        loader = ResumableLoader(data, batch_size=8, seed=2)
+        cache = cache_teacher(teacher, loader, tmp_path, "float32") if cached else None
+        module = DistillationModule(student, cache or copy.deepcopy(teacher), task_weight=0.1)
+        quiet_trainer(2).fit(module, cached_loader(loader, cache) if cached else loader)
+        return torch.cat([parameter.flatten() for parameter in student.parameters()])
+
+    torch.testing.assert_close(trained(cached=True), trained(cached=False))
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_a_module_without_stored_outputs_in_its_batches_says_what_to_do(teacher, loader, tmp_path):
+    module = DistillationModule(nn.Linear(6, 3), cache_teacher(teacher, loader, tmp_path))
+    module.example_input_array = torch.zeros(2, 6)
+    with pytest.raises(ConfigurationError, match="the training batches bring no stored outputs"):
+        quiet_trainer(1).fit(module, DataLoader(TensorDataset(torch.zeros(4, 6), torch.zeros(4, dtype=torch.long))))
 
 
 def test_workers_map_the_file_rather_than_copy_it(teacher, loader, tmp_path):
