@@ -126,7 +126,6 @@ def test_layers_that_the_loss_does_not_reach_go_first() -> None:
     net[2](net[0](torch.rand(8, 2))).square().sum().backward()  # as if a branch had been skipped
     layers = dict(net.named_modules())
     ranking, seen = Ranking("taylor", "global_raw"), {}
-    assert [group.name for group in groups] == ["used.0", "used.2", "idle.0"]
     ranking.look(groups, layers, seen)
     scores = ranking.score(groups, layers, seen)
     assert "1.0" not in seen
