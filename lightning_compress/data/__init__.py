@@ -3,6 +3,7 @@
 from lightning_compress.data.augment import CropFlip
 from lightning_compress.data.digits import DigitsDataModule
 from lightning_compress.data.fake import FakeDataModule
+from lightning_compress.data.few import FewImagesDataModule
 from lightning_compress.data.folder import ImageFolderDataModule
 from lightning_compress.data.mnist import MNISTDataModule
 from lightning_compress.data.module import ImageDataModule, Splits
@@ -17,6 +18,7 @@ __all__ = [
     "EpochSampler",
     "ExactResume",
     "FakeDataModule",
+    "FewImagesDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
     "MNISTDataModule",

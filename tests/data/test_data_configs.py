@@ -28,7 +28,7 @@ def test_no_config_is_forgotten():
         "resnet20_cifar10",
         "staged_cnn",
     }
-    shifted = {"digits_shifted", "mnist_shifted"}
+    shifted = {"digits_shifted", "mnist_shifted", "cifar10_few"}
     assert set(DATA) == {"cifar10_jpeg", "digits", "fake", "image_folder", "mnist", "custom"} | shifted
 
 

@@ -13,7 +13,14 @@ from torch import nn
 
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.progress import slow
-from lightning_compress.data import DigitsDataModule, FakeDataModule, ImageFolderDataModule, MNISTDataModule, Normalize
+from lightning_compress.data import (
+    DigitsDataModule,
+    FakeDataModule,
+    FewImagesDataModule,
+    ImageFolderDataModule,
+    MNISTDataModule,
+    Normalize,
+)
 from lightning_compress.data.paths import find_data
 from lightning_compress.models import ImageClassifier
 
@@ -221,3 +228,19 @@ def test_a_trainer_fits_tests_predicts_and_overfits(tmp_path):
     with pytest.warns(UserWarning, match="overfit"):
         trainer.fit(ImageClassifier(net, num_classes=3), datamodule=data)
     assert trainer.global_step == 2
+
+
+def test_few_images_are_fixed_and_balanced():
+    whole = DigitsDataModule(batch_size=9, seed=4)
+    few = FewImagesDataModule(whole, per_class=3)
+    assert (few.batch_size, few.seed, few.normalize) == (9, 4, whole.normalize)
+    images, labels = few.splits.train
+    assert labels.bincount().tolist() == [3] * 10
+    again = FewImagesDataModule(DigitsDataModule(seed=5), per_class=3)
+    assert torch.equal(images, again.splits.train[0])
+    assert len(few.splits.val[1]) == len(few.splits.test[1]) == 300
+    assert all((whole.splits.train[0] == image).all(dim=(1, 2, 3)).any() for image in images)
+    with pytest.raises(ConfigurationError, match=r"`per_class` must be in \[1, \d+\].*got 500"):
+        FewImagesDataModule(whole, per_class=500).setup("fit")
+    with pytest.raises(ConfigurationError, match="`data` must be an ImageDataModule, got str"):
+        FewImagesDataModule("digits")
