@@ -113,8 +113,9 @@ def _trace(model: nn.Module, example_inputs: object) -> tuple[list[tuple[Channel
             found = list(graph.get_all_groups(root_module_types=CUTTABLE))
         except Exception as error:  # the model's own code and a tracer run here
             raise ConfigurationError(
-                f"`example_inputs`: {type(model).__name__} could not be traced on them ({type(error).__name__}: "
-                f"{error}); pass one batch that its forward takes, or leave parts out with `select`"
+                f"`example_inputs`: {type(model).__name__} could not be traced on them by Torch-Pruning "
+                f"({type(error).__name__}: {error}); pass one batch that its forward takes. If it takes this one, "
+                "the tracer does not know the model: use IterativePruning(granularity='filter'), which needs no trace"
             ) from error
         known = graph.is_out_channel_pruning_fn
         built = [GroupBuilder(paths, group, known, originals).build() for group in found]
