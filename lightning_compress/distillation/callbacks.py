@@ -115,6 +115,7 @@ class Distillation(Callback):
             )
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()
+        self.distiller.begin(pl_module, trainer.global_step)
         self.distiller.take_teacher(pl_module, self.baseline)
         self.distiller.prepare(pl_module, lambda: example_of(pl_module, _loaders(trainer, pl_module)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,12 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.errors import ConfigurationError
-from lightning_compress.core.plan import PlanRow, render_plan
 from lightning_compress.core.schedule import Horizon
 from lightning_compress.distillation.adapters import Adapters
 from lightning_compress.distillation.cached_data import take_cached
-from lightning_compress.distillation.examination import build_adapters, check_output, match_terms, run_example
-from lightning_compress.distillation.fit import comparison
+from lightning_compress.distillation.examination import (
+    build_adapters,
+    check_output,
+    match_terms,
+    plan_of,
+    run_example,
+)
+from lightning_compress.distillation.fit import comparison, load_learnt
 from lightning_compress.distillation.pairs import LayerPair
 from lightning_compress.distillation.schedule import Course, Ramp, Value, check_value
 from lightning_compress.distillation.seen import Seen, collect
@@ -78,6 +84,7 @@ class Distiller:
         self.ready = False
         self._print: str | None = None  # of the teacher, which never changes
         self._taps = Taps(())
+        self._student: weakref.ref[nn.Module] | None = None
 
     # ------------------------------------------------------------------ before training
 
@@ -113,16 +120,8 @@ class Distiller:
         self.adapters = build_adapters(self.terms, self.pairs, seen, answer)
 
     def plan(self, title: str) -> str:
-        """Return what will be compared, as text: a row for each output and pair of layers."""
-        rows = []
-        for name, term in self.terms.items():
-            weight = term.weight if isinstance(term.weight, float) else f"{term.weight.begin:g} to {term.weight.end:g}"
-            action = f"{type(term.loss).__name__} x {weight}"
-            learnt = sum(p.numel() for p in self.adapters[name].parameters()) if name in self.adapters else 0
-            action += f", adapters of {learnt} weights" if learnt else ""
-            pairs = [str(pair) for pair in self.pairs.get(name, ())] or [self.student_output or "output"]
-            rows += [PlanRow(name, pair, "", action) for pair in pairs]
-        return render_plan(f"{title}: teacher {self.teacher or 'none'}", rows)
+        """Return what will be compared, as text."""
+        return plan_of(self, title)
 
     def resolve(self, horizon: Horizon, clamp: bool = False) -> None:
         """Turn ramps into courses of a run of a given length."""
@@ -130,6 +129,24 @@ class Distiller:
         for term in self.terms.values():
             values += [term.weight, self.temperature if term.temperature is None else term.temperature]
         self.courses = {id(value): value.resolve(horizon, clamp) for value in values if isinstance(value, Ramp)}
+
+    def begin(self, student: nn.Module, position: int) -> None:
+        """Begin a fit: from scratch where the trainer does, and with nothing of another student's.
+
+        Args:
+            student: Who is trained.
+            position: The trainer's own count of steps.
+        """
+        known = self._student() if self._student is not None else None
+        if known is not None and known is not student:
+            self.teacher, self.adapters, self._print = None, {}, None
+        if position == 0:
+            self.updates = 0
+        self._student = weakref.ref(student)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what cannot be copied."""
+        return {**self.__dict__, "_student": None}
 
     def rest(self) -> None:
         """Forget the run; what is learnt stays."""
@@ -264,22 +281,7 @@ class Distiller:
         Raises:
             ConfigurationError: If the losses or layers are others than those of the checkpoint, or the teacher is.
         """
-        if state.get("version") != 1:
-            raise ConfigurationError(
-                f"the checkpoint's distillation state has version {state.get('version')!r}, this release reads "
-                "version 1; install the lightning-compress that wrote it"
-            )
-        modules, learnt = self.modules(), state["learnt"]
-        if modules.keys() != learnt.keys():
-            raise ConfigurationError(
-                f"the checkpoint was written with {', '.join(learnt) or 'no adapters'}, this run has "
-                f"{', '.join(modules) or 'none'}; resume with the `losses` it was written with"
-            )
-        for name, module in modules.items():
-            try:
-                module.load_state_dict(learnt[name])
-            except RuntimeError as error:
-                raise ConfigurationError(f"`losses`: {name} does not fit the checkpoint: {error}") from error
+        load_learnt(self.modules(), state)
         if state["teacher"] != self._fingerprint():
             raise ConfigurationError(
                 "`teacher` is not the one the checkpoint was written with; resume with that one (a 'baseline' is the "

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.isolation import call, device_of, evaluating, map_tensors
+from lightning_compress.core.plan import PlanRow, render_plan
 from lightning_compress.distillation.adapters import Adapters
 from lightning_compress.distillation.pairs import LayerPair, match_pairs
 from lightning_compress.distillation.seen import Seen
@@ -103,3 +104,16 @@ def build_adapters(
         if adapter is not None:
             found[name] = adapter
     return found
+
+
+def plan_of(distiller: Distiller, title: str) -> str:
+    """Return what will be compared, as text: a row for each output and pair of layers."""
+    rows = []
+    for name, term in distiller.terms.items():
+        weight = term.weight if isinstance(term.weight, float) else f"{term.weight.begin:g} to {term.weight.end:g}"
+        action = f"{type(term.loss).__name__} x {weight}"
+        learnt = sum(p.numel() for p in distiller.adapters[name].parameters()) if name in distiller.adapters else 0
+        action += f", adapters of {learnt} weights" if learnt else ""
+        pairs = [str(pair) for pair in distiller.pairs.get(name, ())] or [distiller.student_output or "output"]
+        rows += [PlanRow(name, pair, "", action) for pair in pairs]
+    return render_plan(f"{title}: teacher {distiller.teacher or 'none'}", rows)

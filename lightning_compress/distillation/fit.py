@@ -85,6 +85,30 @@ def reduce_gradients(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -
             parameter.grad = gradient.div_(world_size())
 
 
+def load_learnt(modules: Mapping[str, nn.Module], state: Mapping[str, Any]) -> None:
+    """Load what was learnt beside the student, from the state of a checkpoint.
+
+    Raises:
+        ConfigurationError: For a state of another version, or of other losses or layers.
+    """
+    if state.get("version") != 1:
+        raise ConfigurationError(
+            f"the checkpoint's distillation state has version {state.get('version')!r}, this release reads version 1; "
+            "install the lightning-compress that wrote it"
+        )
+    learnt = state["learnt"]
+    if modules.keys() != learnt.keys():
+        raise ConfigurationError(
+            f"the checkpoint was written with {', '.join(learnt) or 'no adapters'}, this run has "
+            f"{', '.join(modules) or 'none'}; resume with the `losses` it was written with"
+        )
+    for name, module in modules.items():
+        try:
+            module.load_state_dict(learnt[name])
+        except RuntimeError as error:
+            raise ConfigurationError(f"`losses`: {name} does not fit the checkpoint: {error}") from error
+
+
 def comparison(output: Tensor, teacher: Tensor, target: Tensor | None) -> dict[str, Tensor]:
     """Return how student and teacher compare on one batch, and how good the teacher is.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -169,6 +170,7 @@ class DistillationModule(LightningModule):
             return
         if is_overridden("configure_model", self):
             self.configure_model()
+        self.distiller.begin(self, self.trainer.global_step)
         self.distiller.prepare(self, lambda: example_of(self, self._loaders()))
 
     def on_fit_start(self) -> None:
@@ -270,5 +272,12 @@ def _check_student(student: Any) -> None:
         )
     if isinstance(student, DistillationModule):
         raise ConfigurationError("`student` is a DistillationModule already; give several losses to one")
-    if isinstance(student, LightningModule) and not is_overridden("training_step", student):
+    if not isinstance(student, LightningModule):
+        return
+    if not is_overridden("training_step", student):
         raise ConfigurationError(f"`student`: {type(student).__name__} has no training_step; pass its network instead")
+    if "dataloader_iter" in inspect.signature(student.training_step).parameters:
+        raise ConfigurationError(
+            f"`student`: the training_step of {type(student).__name__} takes batches itself (`dataloader_iter`); let "
+            "it take (batch, batch_idx), so that the teacher sees the same ones"
+        )

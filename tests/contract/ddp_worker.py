@@ -33,7 +33,18 @@ def train(row: Row, folder: Path, seed: int, ckpt_path: str | None = None) -> di
     torch.manual_seed(seed + distributed.get_rank() if distributed.is_initialized() else seed)
     trainer.fit(model, ckpt_path=ckpt_path)
     final = callback.compressed or model
-    return {"state": final.state_dict(), "history": callback.history, "callback": callback.state_dict()["values"]}
+    teachers = [other for other in (model, *trainer.callbacks) if hasattr(other, "distiller")]
+    learnt = {
+        f"{name}.{key}": value
+        for teacher in teachers
+        for name, part in teacher.distiller.state_dict()["learnt"].items()
+        for key, value in part.items()
+    }
+    return {
+        "state": {**final.state_dict(), **learnt},
+        "history": callback.history,
+        "callback": callback.state_dict()["values"],
+    }
 
 
 def main(output: Path) -> None:

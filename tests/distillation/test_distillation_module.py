@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_compress import ConfigurationError, DistillationModule, ExactResume
+from lightning_compress import ConfigurationError, Distillation, DistillationModule, ExactResume
 from lightning_compress.distillation import (
     FitNetsHints,
     KnowledgeDistillation,
@@ -412,3 +412,50 @@ def test_loaders_passed_to_fit_need_example_inputs_for_features() -> None:
     with pytest.raises(ConfigurationError, match="`example_input_array` is None"):
         Trainer(max_epochs=1, **QUIET).fit(DistillationModule(bare, Net(8), objective()), loader, loader)
     fit(DistillationModule(student, Net(8), objective()))  # its own loader tells
+
+
+def test_another_student_gets_another_baseline() -> None:
+    callback = Distillation()
+    for width in (4, 6):
+        fit(student := Classifier(width), [callback], limit_train_batches=2)
+        assert callback.distiller.updates == 2
+        assert callback.distiller.teacher is not None
+        assert callback.distiller.teacher.module.net.head.in_features == student.net.head.in_features
+
+
+def test_other_losses_on_resume_are_refused(tmp_path: Path) -> None:
+    module, _ = wrapped()
+    fit(module).save_checkpoint(tmp_path / "file.ckpt")
+    seed_everything(1, verbose=False)
+    other = DistillationModule(Classifier(), Net(8))
+    with pytest.raises(ConfigurationError, match=r"written with adapter.hint, this run has none"):
+        fit(other, epochs=2, ckpt_path=tmp_path / "file.ckpt")
+    plain = fit(Classifier())
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(ConfigurationError, match="written without distillation"):
+        fit(wrapped()[0], epochs=2, ckpt_path=tmp_path / "plain.ckpt")
+
+
+def test_a_student_may_run_twice_in_a_step() -> None:
+    """Two views of a batch: the objective is the mean over both runs, each with its own inputs."""
+
+    class Twice(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            views = (batch[0], batch[0].flip(3))
+            return sum(F.cross_entropy(self(view), batch[1]) for view in views)
+
+    seed_everything(0, verbose=False)
+    student, teacher = Twice(dropout=0.0), Net(8).eval()
+    reference = copy.deepcopy(student).train()
+    module = DistillationModule(student, teacher, LogitsMSE())
+    seen: list[Tensor] = []
+
+    class First(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            seen.append(batch[0])
+
+    trainer = fit(module, [First()], limit_train_batches=1, limit_val_batches=0)
+    with torch.no_grad():
+        views = (seen[0], seen[0].flip(3))
+        expected = sum((reference(view) - teacher(view)).square().mean() for view in views) / 2
+    assert trainer.callback_metrics["distill/logits_mse"] == pytest.approx(float(expected), rel=1e-4)
