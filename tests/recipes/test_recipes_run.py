@@ -39,6 +39,7 @@ def test_no_recipe_is_forgotten() -> None:
         "digits_structured",
         "mnist_lenet300_prune",
         "mnist_lenet5_prune",
+        "mnist_rigl",
     }
 
 
