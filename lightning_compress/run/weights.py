@@ -46,13 +46,15 @@ def load_weights(module: nn.Module, path: str, argument: str = ARGUMENT) -> None
     Args:
         module: Its structure is what the configuration says; edits that the file carries are replayed.
         path: ``.safetensors`` (a compressed artifact, or plain tensors), or what ``torch.save`` wrote: a Lightning
-            checkpoint or a ``state_dict``.
+            checkpoint or a ``state_dict``. One in a folder that does not exist here is looked for among the data.
         argument: The key of the configuration that names the file, for errors.
 
     Raises:
         ConfigurationError: If there is no such file, or its tensors are not those of the module.
         ArtifactError: If the file is damaged.
     """
+    if not Path(path).parent.is_dir():
+        path = str(find_data(path, argument=argument))
     try:
         _load(module, path, argument)
     except ArtifactError as error:
