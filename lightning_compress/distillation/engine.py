@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.schedule import Horizon
 from lightning_compress.distillation.adapters import Adapters
+from lightning_compress.distillation.answers import check_answer
 from lightning_compress.distillation.cached_data import take_cached
 from lightning_compress.distillation.examination import (
     build_adapters,
@@ -29,20 +29,7 @@ from lightning_compress.distillation.seen import Seen, collect
 from lightning_compress.distillation.taps import Keep, Record, Taps, split_spec
 from lightning_compress.distillation.teacher import Answer, Question, Teacher
 from lightning_compress.distillation.teachers import as_teacher
-from lightning_compress.distillation.terms import Losses, Term, as_terms, find_target
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The value of the objective for one batch.
-
-    Args:
-        total: The weighted sum, with its graph.
-        parts: Each loss before its weight, by name, without graph.
-    """
-
-    total: Tensor
-    parts: Mapping[str, Tensor]
+from lightning_compress.distillation.terms import Losses, Objective, Term, as_terms, find_target
 
 
 class Distiller:
@@ -82,6 +69,7 @@ class Distiller:
         self.courses: dict[int, Course] = {}
         self.updates = 0
         self.ready = False
+        self._looked = False  # at an answer of the teacher, in this fit
         self._print: str | None = None  # of the teacher, which never changes
         self._taps = Taps(())
         self._student: weakref.ref[nn.Module] | None = None
@@ -113,7 +101,7 @@ class Distiller:
         self.pairs = match_terms(self.terms, student, self.teacher)
         wanted = [split_spec(pair.student)[0] for pairs in self.pairs.values() for pair in pairs]
         self._taps = Taps([self.student_output, *wanted], inputs_of=[self.student_output])
-        self.ready = True
+        self.ready, self._looked = True, False
         if not self.pairs or self.adapters:
             return
         seen, answer = run_example(self, student, example_inputs())
@@ -209,17 +197,26 @@ class Distiller:
         runs = [seen for seen in self.collect(record) if seen.output.requires_grad]
         if not runs:
             return None
-        found = [self.objective(seen, self.ask(seen, batch, batch_idx, extra), batch) for seen in runs]
+        answers = [self.ask(seen, batch, batch_idx, extra) for seen in runs]
+        if not self._looked and answers[0] is not None:
+            check_answer(self.terms, runs[0].output, answers[0], str(self.teacher))
+            self._looked = True
+        found = [self.objective(seen, answer, batch) for seen, answer in zip(runs, answers, strict=True)]
         parts = {name: torch.stack([one.parts[name] for one in found]).mean() for name in found[0].parts}
         return Objective(torch.stack([one.total for one in found]).mean(), parts)
 
     def compare(self, record: Record, batch: Any, batch_idx: int) -> tuple[dict[str, Tensor], int]:
-        """Return how student and teacher compare on a batch of validation data, and the batch's size."""
+        """Return how student and teacher compare on a batch of validation data, and the batch's size.
+
+        Raises:
+            ConfigurationError: If the teacher's output is not finite.
+        """
         runs = self.collect(record) if record[self.student_output] else ()
         answer = self.ask(runs[0], batch, batch_idx, None, training=False) if len(runs) == 1 else None
         if answer is None:
             return {}, 0
         output = runs[0].output
+        check_answer(self.terms, output, answer, str(self.teacher), shapes=not self._looked)
         return comparison(output, answer.output.to(output.device), find_target(batch, self.target)), output.shape[0]
 
     def objective(self, seen: Seen, answer: Answer | None, batch: Any) -> Objective:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.examples import example_from, own_example
 from lightning_compress.core.isolation import same_randomness
+from lightning_compress.distillation.answers import broken_rows
 
 
 def example_of(module: nn.Module, loaders: Sequence[Callable[[], Any]]) -> Any:
@@ -118,7 +119,8 @@ def comparison(output: Tensor, teacher: Tensor, target: Tensor | None) -> dict[s
         target: Labels (batch, ...) or values.
 
     Returns:
-        ``agreement`` (share of equal classes) for scores over classes, else ``distance`` (mean squared difference);
+        ``agreement`` (share of equal classes; a row that is not finite never agrees) for scores over classes, else
+        ``distance`` (mean squared difference);
         where the target allows it the teacher's ``accuracy`` or ``mse``.
 
     >>> scores = torch.tensor([[2.0, 1.0], [0.0, 3.0]])
@@ -130,7 +132,8 @@ def comparison(output: Tensor, teacher: Tensor, target: Tensor | None) -> dict[s
     labels = target is not None and not target.is_floating_point() and target.shape == _without_classes(output)
     if output.dim() >= 2 and output.shape[1] > 1 and (labels or target is None):
         chosen = teacher.argmax(1)
-        found = {"agreement": (output.argmax(1) == chosen).float().mean()}
+        equal = (output.argmax(1) == chosen) & ~(broken_rows(output) | broken_rows(teacher))
+        found = {"agreement": equal.float().mean()}
         return found if target is None else {**found, "accuracy": (chosen == target.to(chosen.device)).float().mean()}
     found = {"distance": (output.float() - teacher.float()).square().mean()}
     if target is not None and target.shape == teacher.shape:

@@ -54,6 +54,19 @@ class Term:
             )
 
 
+@dataclass(frozen=True)
+class Objective:
+    """The value of the objective for one batch.
+
+    Args:
+        total: The weighted sum, with its graph.
+        parts: Each loss before its weight, by name, without graph.
+    """
+
+    total: Tensor
+    parts: Mapping[str, Tensor]
+
+
 Losses = DistillationLoss | Term | Sequence[Any] | Mapping[str, Any]
 """One loss or term, a list of them, or a mapping from names to them."""
 
