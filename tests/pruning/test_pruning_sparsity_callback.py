@@ -367,8 +367,8 @@ def test_compress_says_that_it_must_train() -> None:
         ({"granularity": "2:4"}, "is a pattern"),
         ({"schedule": Schedule(1.0, shape="once")}, "must rise"),
         (
-            {"rules": {"a": {"include": "0", "strenght": 1}}},
-            "rule 'a' has no argument 'strenght': did you mean 'strength'",
+            {"rules": {"a": {"include": "0", "strengthen": 1}}},
+            "rule 'a' has no argument 'strengthen': did you mean 'strength'",
         ),
         ({"rules": {"a": {"include": "0"}}}, "lacks `strength`"),
     ],
