@@ -22,7 +22,7 @@ from lightning_compress.distillation.injection import Injector
 from lightning_compress.distillation.losses import KnowledgeDistillation
 from lightning_compress.distillation.schedule import Value
 from lightning_compress.distillation.taps import Record
-from lightning_compress.distillation.teachers import BASELINE
+from lightning_compress.distillation.teachers import BASELINE, TeacherLike
 from lightning_compress.distillation.terms import Losses
 
 
@@ -77,7 +77,7 @@ class Distillation(Callback):
 
     def __init__(
         self,
-        teacher: Any = BASELINE,
+        teacher: TeacherLike = BASELINE,
         losses: Losses | None = None,
         temperature: Value = 4.0,
         task_weight: Value = 1.0,

@@ -8,6 +8,7 @@ own because they are the same objects.
 
 from __future__ import annotations
 
+import contextlib
 import types
 from typing import Any
 
@@ -16,6 +17,30 @@ from torch import nn
 from lightning_compress.core.errors import ConfigurationError
 
 _CLASSES: dict[tuple[type, ...], type] = {}
+
+
+class Fallback:
+    """A name that stands for another attribute, where nobody else uses it: not the student, its class or a subclass.
+
+    Args:
+        name: The attribute it stands for.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __set_name__(self, owner: type, public: str) -> None:
+        self.owner, self.public = owner, public
+
+    def __get__(self, face: Any, cls: type | None = None) -> Any:
+        if face is None:
+            return self
+        held = vars(face)
+        if any(self.public in held.get(kind, ()) for kind in ("_modules", "_parameters", "_buffers")):
+            raise AttributeError(self.public)  # goes on to the module's own lookup
+        with contextlib.suppress(AttributeError):
+            return getattr(super(self.owner, face), self.public)
+        return getattr(face, self.name)
 
 
 def joint_class(front: type, *behind: type) -> type:

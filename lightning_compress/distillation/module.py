@@ -18,7 +18,7 @@ from lightning_compress.core.clock import UpdateClock, horizon_of
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.paths import original
 from lightning_compress.distillation.engine import Distiller
-from lightning_compress.distillation.faces import blank, check_names, joint_class, lend_defaults, share
+from lightning_compress.distillation.faces import Fallback, blank, check_names, joint_class, lend_defaults, share
 from lightning_compress.distillation.fit import (
     dtype_of,
     example_of,
@@ -30,6 +30,7 @@ from lightning_compress.distillation.losses import KnowledgeDistillation
 from lightning_compress.distillation.schedule import Value
 from lightning_compress.distillation.steps import ComparedStep, SupervisedStep, call_step
 from lightning_compress.distillation.supervised import Supervised
+from lightning_compress.distillation.teachers import TeacherLike
 from lightning_compress.distillation.terms import Losses
 
 ENTRY = "distillation"
@@ -56,8 +57,9 @@ class DistillationModule(LightningModule):
     ``manual_backward`` after the student ran. While validating, ``teacher/agreement`` and the teacher's accuracy (or
     squared error) are logged beside the student's metrics.
 
-    The student is trained in place: ``module.student`` is the object that was given. It does not help where the
-    teacher is no better than the student, or where the student cannot fit the task itself.
+    The student is trained in place: ``module.student`` is the object that was given, unless that has a ``student`` of
+    its own. It does not help where the teacher is no better than the student, or where the student cannot fit the task
+    itself.
 
     Args:
         student: A LightningModule, or a plain module (then ``task`` says how it is trained).
@@ -81,14 +83,26 @@ class DistillationModule(LightningModule):
     (['weight', 'bias'], 15)
     """
 
-    __slots__ = ("clock", "distiller", "pending", "student")
-    student: nn.Module
-    distiller: Distiller
-    clock: UpdateClock
-    pending: tuple[Any, ...] | None
+    __slots__ = ("_distill_clock", "_distill_engine", "_distill_pending", "_distill_student")
+    student = Fallback("_distill_student")
+    distiller = Fallback("_distill_engine")
+    _distill_student: nn.Module
+    _distill_engine: Distiller
+    _distill_clock: UpdateClock
+    _distill_pending: tuple[Any, ...] | None
 
-    def __new__(cls, student: Any = None, *args: Any, task: Supervised | None = None, **kwargs: Any) -> Self:
-        """Return an object of the class that joins this one and the student's."""
+    def __new__(
+        cls,
+        student: nn.Module,
+        teacher: TeacherLike = None,
+        losses: Losses | None = None,
+        temperature: Value = 4.0,
+        task_weight: Value = 1.0,
+        student_output: str = "",
+        target: int | str | None = None,
+        task: Supervised | None = None,
+    ) -> Self:
+        """Return an object of the class that joins this one and the student's; parameters are those of `__init__`."""
         _check_student(student)
         front: tuple[type, ...] = (cls,)
         if not isinstance(student, LightningModule):
@@ -104,7 +118,7 @@ class DistillationModule(LightningModule):
     def __init__(
         self,
         student: nn.Module,
-        teacher: Any = None,
+        teacher: TeacherLike = None,
         losses: Losses | None = None,
         temperature: Value = 4.0,
         task_weight: Value = 1.0,
@@ -117,24 +131,25 @@ class DistillationModule(LightningModule):
         if task is not None and not isinstance(self, SupervisedStep):
             raise ConfigurationError("`task` is for a plain module; this student is a LightningModule with its own")
         if isinstance(self, SupervisedStep):
-            self.task = Supervised() if task is None else task
+            self._distill_task = Supervised() if task is None else task
         if isinstance(teacher, str | Path) and is_overridden("configure_model", self):
             self.configure_model()
         distiller.take_teacher(student)
         self._begin(student, distiller)
 
     def _begin(self, student: nn.Module, distiller: Distiller) -> None:
-        object.__setattr__(self, "student", student)  # not as a submodule: it is this one
-        self.distiller, self.clock, self.pending = distiller, UpdateClock(), None
+        slots = (student, distiller, UpdateClock(), None)
+        for name, value in zip(("student", "engine", "clock", "pending"), slots, strict=True):
+            object.__setattr__(self, f"_distill_{name}", value)  # the student is no submodule: it is this one
 
     # ------------------------------------------------------------------ steps
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """Run the student's own step and add what the teacher has to say."""
-        own, extra = self.distiller.split(batch)
+        own, extra = self._distill_engine.split(batch)
         try:
-            with self.distiller.watch(self) as record:
-                self.pending = (record, own, batch_idx, extra)
+            with self._distill_engine.watch(self) as record:
+                self._distill_pending = (record, own, batch_idx, extra)
                 output = call_step(super().training_step, own, batch_idx)
             if not self.automatic_optimization or output is None:
                 return output
@@ -142,24 +157,24 @@ class DistillationModule(LightningModule):
                 return {**output, "loss": self._with_objective(output["loss"])}
             return self._with_objective(output)
         finally:
-            self.pending = None
+            self._distill_pending = None
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Add what the teacher has to say about the student's runs since the last backward, then go backward."""
-        if self.pending is not None and any(self.pending[0][self.distiller.student_output]):
+        if self._distill_pending is not None and any(self._distill_pending[0][self._distill_engine.student_output]):
             loss = self._with_objective(loss)
         super().manual_backward(loss, *args, **kwargs)
 
     def _with_objective(self, loss: Tensor) -> Tensor:
-        record, batch, batch_idx, extra = self.pending or ({}, None, 0, None)
-        objective = self.distiller.objective_of(record, batch, batch_idx, extra)
+        record, batch, batch_idx, extra = self._distill_pending or ({}, None, 0, None)
+        objective = self._distill_engine.objective_of(record, batch, batch_idx, extra)
         for calls in record.values():
             calls.clear()
         if objective is None:
             return loss
         values = {f"distill/{name}": value for name, value in objective.parts.items()}
         self.log_dict({**values, "distill/loss": objective.total.detach()})
-        return self.distiller.now(self.distiller.task_weight) * loss + objective.total
+        return self._distill_engine.now(self._distill_engine.task_weight) * loss + objective.total
 
     # ------------------------------------------------------------------ the run
 
@@ -170,23 +185,23 @@ class DistillationModule(LightningModule):
             return
         if is_overridden("configure_model", self):
             self.configure_model()
-        self.distiller.begin(self, self.trainer.global_step)
-        self.distiller.prepare(self, lambda: example_of(self, self._loaders()))
+        self._distill_engine.begin(self, self.trainer.global_step)
+        self._distill_engine.prepare(self, lambda: example_of(self, self._loaders()))
 
     def on_fit_start(self) -> None:
         """Move what is not the student's own, and let an optimizer train what is learnt."""
         super().on_fit_start()
-        self.distiller.to(self.device, dtype_of(self))
-        share_values(self.distiller.modules())
-        join_optimizer(self.trainer.optimizers, self.distiller.parameters())
+        self._distill_engine.to(self.device, dtype_of(self))
+        share_values(self._distill_engine.modules())
+        join_optimizer(self.trainer.optimizers, self._distill_engine.parameters())
 
     def on_train_start(self) -> None:
         """Resolve ramps against the run."""
         super().on_train_start()
-        self.distiller.resolve(horizon_of(self.trainer), clamp=bool(getattr(self.trainer, "fast_dev_run", False)))
-        self.clock = UpdateClock(self.distiller.updates)
-        self.clock.start(self.trainer)
-        rank_zero_info(self.distiller.plan("DistillationModule"))
+        self._distill_engine.resolve(horizon_of(self.trainer), clamp=bool(getattr(self.trainer, "fast_dev_run", False)))
+        self._distill_clock = UpdateClock(self._distill_engine.updates)
+        self._distill_clock.start(self.trainer)
+        rank_zero_info(self._distill_engine.plan("DistillationModule"))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count updates."""
@@ -195,13 +210,13 @@ class DistillationModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Average gradients of adapters over processes."""
-        reduce_gradients(optimizer, self.distiller.parameters())
+        reduce_gradients(optimizer, self._distill_engine.parameters())
         super().on_before_optimizer_step(optimizer)
 
     def teardown(self, stage: str) -> None:
         """Let go of the run."""
         super().teardown(stage)
-        self.distiller.rest()
+        self._distill_engine.rest()
         if isinstance(self, SupervisedStep):
             self.trainer = None  # a plain network must not keep one: it would be copied along
 
@@ -209,25 +224,25 @@ class DistillationModule(LightningModule):
         """Put what is learnt beside the student into an entry of its own."""
         super().on_save_checkpoint(checkpoint)
         self._tick()  # callbacks save before this module learns that the batch is over
-        checkpoint[ENTRY] = self.distiller.state_dict()
+        checkpoint[ENTRY] = self._distill_engine.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it back, when a fit is resumed."""
         super().on_load_checkpoint(checkpoint)
-        if not self.distiller.ready:
+        if not self._distill_engine.ready:
             return
         if ENTRY in checkpoint:
-            self.distiller.load_state_dict(checkpoint[ENTRY])
-        elif self.distiller.parameters():
+            self._distill_engine.load_state_dict(checkpoint[ENTRY])
+        elif self._distill_engine.parameters():
             raise ConfigurationError(
                 "the checkpoint was written without distillation and lacks the adapters; load its weights into the "
                 "student first, and start a new fit"
             )
 
     def _tick(self) -> None:
-        if self.distiller.ready:
-            self.clock.tick(self.trainer)
-            self.distiller.updates = self.clock.updates
+        if self._distill_engine.ready:
+            self._distill_clock.tick(self.trainer)
+            self._distill_engine.updates = self._distill_clock.updates
 
     def _loaders(self) -> list[Callable[[], Any]]:
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -238,16 +253,16 @@ class DistillationModule(LightningModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DistillationModule:
         """Return a copy with tensors of its own and the same teacher."""
-        twin, student = blank(type(self)), blank(type(self.student))
-        memo |= {id(self): twin, id(self.student): student}
+        twin, student = blank(type(self)), blank(type(self._distill_student))
+        memo |= {id(self): twin, id(self._distill_student): student}
         student.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         share(twin, student)
-        twin._begin(student, copy.deepcopy(self.distiller, memo))
+        twin._begin(student, copy.deepcopy(self._distill_engine, memo))
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle the joint class as the classes it is made of."""
-        return _revive, type(self).__bases__, (self.__getstate__(), self.distiller)
+        return _revive, type(self).__bases__, (self.__getstate__(), self._distill_engine)
 
     def __setstate__(self, state: Any) -> None:
         """Take back what was pickled."""

@@ -16,12 +16,12 @@ from lightning_compress.distillation.supervised import Supervised
 class SupervisedStep(LightningModule):
     """The steps of a plain network, by its :class:`Supervised` task."""
 
-    task: Supervised
+    _distill_task: Supervised
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the task's loss of one batch."""
-        inputs, target = self.task.split(batch)
-        loss = self.task.loss(self(inputs), target)
+        inputs, target = self._distill_task.split(batch)
+        loss = self._distill_task.loss(self(inputs), target)
         self.log("train/loss", loss)
         return loss
 
@@ -35,29 +35,36 @@ class SupervisedStep(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Build the task's optimizer and scheduler."""
-        optimizer = self.task.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
-        return optimizer if self.task.scheduler is None else ([optimizer], [self.task.scheduler(optimizer)])
+        optimizer = self._distill_task.optimizer(
+            [parameter for parameter in self.parameters() if parameter.requires_grad]
+        )
+        return (
+            optimizer
+            if self._distill_task.scheduler is None
+            else ([optimizer], [self._distill_task.scheduler(optimizer)])
+        )
 
     def _evaluate(self, batch: Any, stage: str) -> None:
-        inputs, target = self.task.split(batch)
-        values = self.task.values(self(inputs), target)
+        inputs, target = self._distill_task.split(batch)
+        values = self._distill_task.values(self(inputs), target)
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, prog_bar=True, sync_dist=True)
 
 
 class ComparedStep(LightningModule):
     """Lets a student that validates be compared with its teacher on the same batches."""
 
-    distiller: Distiller
+    _distill_engine: Distiller
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Run the student's own step, and log ``teacher/agreement`` and how good the teacher is."""
         step = super().validation_step
-        teacher = self.distiller.teacher
-        if teacher is None or not teacher.has_validation or not self.distiller.ready:
+        distiller = self._distill_engine
+        teacher = distiller.teacher
+        if teacher is None or not teacher.has_validation or not distiller.ready:
             return call_step(step, batch, batch_idx, dataloader_idx)
-        with self.distiller.watch(self, with_graph=False) as record:
+        with distiller.watch(self, with_graph=False) as record:
             result = call_step(step, batch, batch_idx, dataloader_idx)
-        values, count = self.distiller.compare(record, batch, batch_idx)
+        values, count = distiller.compare(record, batch, batch_idx)
         for name, value in values.items():
             self.log(f"teacher/{name}", value, batch_size=count, sync_dist=True)
         return result

@@ -22,6 +22,9 @@ from lightning_compress.distillation.teacher import Answer, Question, Teacher
 BASELINE = "baseline"
 """What a user writes for the student as it is before training: dense teacher, compressed student."""
 
+TeacherLike = nn.Module | Teacher | str | Path | Sequence[Any] | Callable[[Any, int], Tensor] | None
+"""What :func:`as_teacher` takes; ``None`` where no loss looks at a teacher."""
+
 
 class ModuleTeacher(Teacher):
     """A frozen module, called with the inputs of the student's forward.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
-from kd_models import Classifier, Net, copied, fit, same
-from lightning.pytorch import LightningModule
+import torch.nn.functional as F
+from kd_models import QUIET, Classifier, Net, copied, fit, images, same
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_compress import ConfigurationError, Distillation, DistillationModule
 from lightning_compress.distillation.fit import comparison
@@ -69,3 +72,64 @@ def test_outputs_of_other_shapes_are_refused_by_name(way: str) -> None:
     with pytest.raises(ConfigurationError, match=r"`teacher`: Net returned \(\d+, 5\) and the student \(\d+, 3\)"):
         distil(way, student, teacher)
     assert all(torch.equal(before[name], p) for name, p in student.named_parameters())
+
+
+class Owner(LightningModule):
+    """A student whose own attributes have the names that the wrapper might have used."""
+
+    distiller: Any = "its own"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = Net()
+        self.clock, self.pending, self.task = 0, [], "multiclass"
+        self.example_input_array = images().tensors[0][:2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.student(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.clock += 1
+        self.pending.append(batch_idx)
+        assert (self.task, self.distiller) == ("multiclass", "its own")
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.student.parameters(), lr=0.05)
+
+    train_dataloader = Classifier.train_dataloader
+
+
+class Plain(Net):
+    """The same for a plain network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock, self.task = 0, "multiclass"
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.clock += 1
+        assert self.task == "multiclass"
+        return super().forward(x)
+
+
+def test_names_of_the_students_own_attributes_are_free() -> None:
+    student = Owner()
+    net, before = student.student, copied(student)
+    module = DistillationModule(student, Net(8))
+    trainer = fit(module)
+    assert "distill/kd" in trainer.callback_metrics
+    assert module.student is net
+    assert (student.clock, student.pending, module.distiller) == (4, [0, 1, 2, 3], "its own")
+    assert not same(before, copied(student))
+    twin = copy.deepcopy(module)
+    assert twin.student is not net
+    assert same(copied(twin), copied(module))
+    assert pickle.loads(pickle.dumps(module)).pending == [0, 1, 2, 3]
+
+    plain = Plain()
+    module = DistillationModule(plain, Net(8))
+    loader = DataLoader(images(), batch_size=6)
+    Trainer(max_epochs=1, **QUIET).fit(module, loader, loader)
+    assert plain.clock >= 4
+    assert module.student is plain
