@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_compress.core.copies import tensors_in
-from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.errors import CompressionError, ConfigurationError
 from lightning_compress.distillation.losses import DistillationLoss
-from lightning_compress.distillation.teacher import Answer
+from lightning_compress.distillation.teacher import Answer, Question, Teacher
 from lightning_compress.distillation.terms import Term
 
 
@@ -82,3 +82,21 @@ def _fit(loss: DistillationLoss, ours: torch.Size, theirs: torch.Size) -> bool:
     except ConfigurationError:
         return False
     return ours[:1] == theirs[:1]
+
+
+def first_answer(teacher: Teacher, question: Question) -> Answer | None:
+    """Ask a teacher that nothing is known of yet.
+
+    Raises:
+        ConfigurationError: If it cannot be run with what the student's forward gets; names ``teacher`` and the inputs.
+    """
+    try:
+        return teacher.answer(question)
+    except (CompressionError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any type: it is somebody else's forward
+        inputs = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in((question.args, question.kwargs)))
+        raise ConfigurationError(
+            f"`teacher`: {teacher} failed with what the student's forward got, tensors of {inputs or 'none'}: {error}; "
+            "give a teacher that takes the same inputs, or a function of (batch, batch_idx) that prepares them"
+        ) from error

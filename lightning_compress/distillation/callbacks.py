@@ -17,10 +17,18 @@ from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.clock import UpdateClock, callbacks_of, horizon_of
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.distillation.engine import Distiller
-from lightning_compress.distillation.fit import dtype_of, example_of, join_optimizer, reduce_gradients, share_values
+from lightning_compress.distillation.fit import (
+    dtype_of,
+    example_of,
+    join_optimizer,
+    lacking,
+    reduce_gradients,
+    share_values,
+)
 from lightning_compress.distillation.injection import Injector
 from lightning_compress.distillation.losses import KnowledgeDistillation
 from lightning_compress.distillation.schedule import Value
+from lightning_compress.distillation.steps import examine
 from lightning_compress.distillation.taps import Record
 from lightning_compress.distillation.teachers import BASELINE, TeacherLike
 from lightning_compress.distillation.terms import Losses
@@ -130,6 +138,7 @@ class Distillation(Callback):
         self.distiller.resolve(horizon_of(trainer), clamp=bool(getattr(trainer, "fast_dev_run", False)))
         self._clock = UpdateClock(self.distiller.updates)
         self._clock.start(trainer)
+        examine(self.distiller, trainer, pl_module)
         self.plan_text = self.distiller.plan(self.state_key)
         rank_zero_info(self.plan_text)
 
@@ -227,6 +236,11 @@ class Distillation(Callback):
         """Take them back, when a fit is resumed."""
         if self.distiller.ready:
             self.distiller.load_state_dict(state_dict)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume from a checkpoint that this callback did not write."""
+        if self.distiller.ready and self.state_key not in checkpoint.get("callbacks", {}):
+            raise ConfigurationError(lacking(f"the {self.state_key} callback"))
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a batch."""

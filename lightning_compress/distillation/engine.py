@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.schedule import Horizon
 from lightning_compress.distillation.adapters import Adapters
-from lightning_compress.distillation.answers import check_answer
+from lightning_compress.distillation.answers import check_answer, first_answer
 from lightning_compress.distillation.cached_data import take_cached
 from lightning_compress.distillation.examination import (
     build_adapters,
@@ -181,7 +181,7 @@ class Distiller:
             return None
         with torch.no_grad():
             question = Question(seen.args, seen.kwargs, batch, batch_idx, extra, layers, training)
-            return self.teacher.answer(question)
+            return self.teacher.answer(question) if self._looked else first_answer(self.teacher, question)
 
     def objective_of(self, record: Record, batch: Any, batch_idx: int, extra: Any) -> Objective | None:
         """Return the objective over all runs of the student in one step, their mean; ``None`` if no run has a gradient.

@@ -12,6 +12,7 @@ from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.isolation import call, device_of, evaluating, map_tensors
 from lightning_compress.core.plan import PlanRow, render_plan
 from lightning_compress.distillation.adapters import Adapters
+from lightning_compress.distillation.answers import check_answer
 from lightning_compress.distillation.pairs import LayerPair, match_pairs
 from lightning_compress.distillation.seen import Seen
 from lightning_compress.distillation.taps import defines_forward, tap_point
@@ -81,6 +82,27 @@ def run_example(distiller: Distiller, student: nn.Module, inputs: Any) -> tuple[
             distiller.teacher.to(device)
             answer = distiller.ask(runs[0], None, 0, None)
     return runs[0], answer
+
+
+def examine_answer(distiller: Distiller, student: nn.Module, inputs: Any) -> None:
+    """Run both models on example inputs, as far as the student takes them, and look at the answer.
+
+    Raises:
+        ConfigurationError: If the teacher fails, or its answer cannot be used; names ``teacher``.
+    """
+    if distiller.teacher is None or not distiller.teacher.has_validation:  # it wants a batch
+        return
+    inputs = map_tensors(lambda tensor: tensor.to(device_of(student)), inputs)
+    root = student if defines_forward(student) else tap_point(student, distiller.student_output)
+    with evaluating(student), torch.no_grad(), distiller.watch(student, with_graph=False) as record:
+        try:
+            call(root, inputs)
+            runs = distiller.collect(record)
+        except Exception:  # a guess: its training_step may call it otherwise, and the first batch will tell
+            return
+        answer = distiller.ask(runs[0], None, 0, None) if len(runs) == 1 else None
+    if answer is not None:
+        check_answer(distiller.terms, runs[0].output, answer, str(distiller.teacher))
 
 
 def build_adapters(

@@ -110,6 +110,14 @@ def load_learnt(modules: Mapping[str, nn.Module], state: Mapping[str, Any]) -> N
             raise ConfigurationError(f"`losses`: {name} does not fit the checkpoint: {error}") from error
 
 
+def lacking(name: str) -> str:
+    """Return the message for a checkpoint without the state of distillation."""
+    return (
+        f"the checkpoint was written without {name} and lacks its position and adapters; load its weights into the "
+        "student first, and start a new fit"
+    )
+
+
 def comparison(output: Tensor, teacher: Tensor, target: Tensor | None) -> dict[str, Tensor]:
     """Return how student and teacher compare on one batch, and how good the teacher is.
 

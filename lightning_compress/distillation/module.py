@@ -23,12 +23,13 @@ from lightning_compress.distillation.fit import (
     dtype_of,
     example_of,
     join_optimizer,
+    lacking,
     reduce_gradients,
     share_values,
 )
 from lightning_compress.distillation.losses import KnowledgeDistillation
 from lightning_compress.distillation.schedule import Value
-from lightning_compress.distillation.steps import ComparedStep, SupervisedStep, call_step
+from lightning_compress.distillation.steps import ComparedStep, SupervisedStep, call_step, examine
 from lightning_compress.distillation.supervised import Supervised
 from lightning_compress.distillation.teachers import TeacherLike
 from lightning_compress.distillation.terms import Losses
@@ -201,6 +202,7 @@ class DistillationModule(LightningModule):
         self._distill_engine.resolve(horizon_of(self.trainer), clamp=bool(getattr(self.trainer, "fast_dev_run", False)))
         self._distill_clock = UpdateClock(self._distill_engine.updates)
         self._distill_clock.start(self.trainer)
+        examine(self._distill_engine, self.trainer, self)
         rank_zero_info(self._distill_engine.plan("DistillationModule"))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -234,10 +236,7 @@ class DistillationModule(LightningModule):
         if ENTRY in checkpoint:
             self._distill_engine.load_state_dict(checkpoint[ENTRY])
         elif self._distill_engine.parameters():
-            raise ConfigurationError(
-                "the checkpoint was written without distillation and lacks the adapters; load its weights into the "
-                "student first, and start a new fit"
-            )
+            raise ConfigurationError(lacking("DistillationModule"))
 
     def _tick(self) -> None:
         if self._distill_engine.ready:

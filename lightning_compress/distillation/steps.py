@@ -6,10 +6,15 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
+from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.isolation import same_randomness
 from lightning_compress.distillation.engine import Distiller
+from lightning_compress.distillation.examination import examine_answer
+from lightning_compress.distillation.fit import example_of
 from lightning_compress.distillation.supervised import Supervised
 
 
@@ -68,6 +73,22 @@ class ComparedStep(LightningModule):
         for name, value in values.items():
             self.log(f"teacher/{name}", value, batch_size=count, sync_dist=True)
         return result
+
+
+def examine(distiller: Distiller, trainer: Trainer, module: LightningModule) -> None:
+    """Look at the teacher's answer to a few samples before the first epoch, where they can be had beforehand.
+
+    Raises:
+        ConfigurationError: If the teacher cannot teach this student.
+    """
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        return  # the model is in parts: the first batch will tell
+    try:
+        inputs = example_of(module, [lambda: trainer.train_dataloader])
+    except ConfigurationError:
+        return
+    with same_randomness(), trainer.precision_plugin.forward_context():
+        examine_answer(distiller, module, trainer.precision_plugin.convert_input(inputs))
 
 
 def call_step(step: Callable[..., Any], *arguments: Any) -> Any:

@@ -14,7 +14,8 @@ from lightning_compress.core.checkpoint import load_from_checkpoint
 from lightning_compress.core.copies import full_copy
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.isolation import map_tensors
-from lightning_compress.core.paths import clean_path, get_layer, named_layers
+from lightning_compress.core.paths import clean_path, get_layer, named_layers, original
+from lightning_compress.distillation.functions import FunctionTeacher
 from lightning_compress.distillation.loading import load_weights
 from lightning_compress.distillation.taps import Taps, defines_forward, pick
 from lightning_compress.distillation.teacher import Answer, Question, Teacher
@@ -47,10 +48,12 @@ class ModuleTeacher(Teacher):
     def __init__(self, module: nn.Module, output: str = "") -> None:
         if not isinstance(module, nn.Module):
             raise ConfigurationError(f"`teacher` must be a torch.nn.Module, got {type(module).__name__}")
+        if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+            raise ConfigurationError("`teacher` lies on the meta device, without values; load its weights first")
         self.module = module.eval().requires_grad_(False)
         self.output = output
         called = get_layer(module, output) if output else module
-        if not defines_forward(called):
+        if not defines_forward(original(called)):
             near = ", ".join(repr(name) for name, _ in module.named_children()) or "none"
             raise ConfigurationError(
                 f"`teacher`: {type(module).__name__} has no forward to call; name the submodule that gives its output: "
@@ -58,16 +61,17 @@ class ModuleTeacher(Teacher):
             )
 
     def __str__(self) -> str:
-        return type(self.module).__name__
+        return type(original(self.module)).__name__
 
     def answer(self, question: Question) -> Answer:
         """Run the module."""
         if any(part.training for part in self.module.modules()):
             self.module.eval()
-        called = get_layer(self.module, self.output) if self.output else self.module
+        root = original(self.module) if question.layers else self.module  # a compiled one might not run its hooks
+        called = get_layer(root, self.output) if self.output else root
         args, kwargs = self._as_own_type((question.args, dict(question.kwargs)))
         taps = Taps(question.layers)
-        with torch.no_grad(), taps.watch(self.module) as seen:
+        with torch.no_grad(), taps.watch(root) as seen:
             output = pick(called(*args, **kwargs), where="the teacher")
         features = {path: tuple(call.output for call in calls) for path, calls in seen.items()}
         return Answer(output, features)
@@ -84,7 +88,7 @@ class ModuleTeacher(Teacher):
     def fingerprint(self) -> str:
         """Return a hash of its weights and statistics."""
         digest = hashlib.sha256()
-        for key, value in self.module.state_dict().items():
+        for key, value in original(self.module).state_dict().items():
             if isinstance(value, Tensor):
                 digest.update(key.encode())
                 digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -101,32 +105,6 @@ class ModuleTeacher(Teacher):
             return tensor if autocast and torch.is_autocast_enabled(tensor.device.type) else tensor.to(own)
 
         return map_tensors(cast, inputs)
-
-
-class FunctionTeacher(Teacher):
-    """A function of the batch: a remote service, stored outputs, an oracle.
-
-    Args:
-        function: Called as ``function(batch, batch_idx)`` with the batch that ``training_step`` gets; returns the
-            output, (batch, ...), for exactly these samples.
-
-    >>> FunctionTeacher(lambda batch, batch_idx: batch[0] * 2).answer(Question((), {}, (torch.ones(2), 0))).output
-    tensor([2., 2.])
-    """
-
-    has_validation = False
-
-    def __init__(self, function: Callable[[Any, int], Tensor]) -> None:
-        if not callable(function):
-            raise ConfigurationError(f"`teacher` must be something to call, got {type(function).__name__}")
-        self.function = function
-
-    def answer(self, question: Question) -> Answer | None:
-        """Call the function, for training data only."""
-        if not question.training:
-            return None
-        with torch.no_grad():
-            return Answer(pick(self.function(question.batch, question.batch_idx), where="the teacher").detach())
 
 
 class Ensemble(Teacher):
@@ -182,6 +160,11 @@ class Ensemble(Teacher):
         if len(found) < len(answers):
             return None
         outputs = [answer.output for answer in found]
+        if len({output.shape for output in outputs}) > 1:
+            shapes = ", ".join(f"{teacher} {tuple(o.shape)}" for teacher, o in zip(self.teachers, outputs, strict=True))
+            raise ConfigurationError(
+                f"`teacher`: a mean needs outputs of one shape, got {shapes}; give teachers for the same classes"
+            )
         if self.mean == "probabilities":
             outputs = [output.float().softmax(1) for output in outputs]
         total = torch.stack([weight * output for weight, output in zip(self.weights, outputs, strict=True)]).sum(0)
@@ -270,7 +253,7 @@ def layer_names(root: nn.Module) -> tuple[str, ...]:
 
 
 def _module_teacher(module: nn.Module, output: str) -> ModuleTeacher:
-    borrowed = output if not defines_forward(module) and output in named_layers(module) else ""
+    borrowed = output if not defines_forward(original(module)) and output in named_layers(module) else ""
     return ModuleTeacher(module, borrowed)
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from kd_models import QUIET, Classifier, Net, copied, fit, images, same
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_compress import ConfigurationError, Distillation, DistillationModule
+from lightning_compress.distillation import ModuleTeacher, Question
 from lightning_compress.distillation.fit import comparison
 
 WAYS = pytest.mark.parametrize("way", ["module", "callback"])
@@ -133,3 +136,75 @@ def test_names_of_the_students_own_attributes_are_free() -> None:
     Trainer(max_epochs=1, **QUIET).fit(module, loader, loader)
     assert plain.clock >= 4
     assert module.student is plain
+
+
+def test_the_signature_is_known_to_help_and_to_command_lines() -> None:
+    from jsonargparse import ArgumentParser
+
+    assert list(inspect.signature(DistillationModule).parameters)[:3] == ["student", "teacher", "losses"]
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningModule, "model")
+    name = "lightning_compress.DistillationModule"
+    args = [f"--model={name}", "--model.student=kd_models.Classifier", "--model.teacher=baseline"]
+    parsed = parser.parse_args(args).model
+    assert (parsed.class_path, parsed.init_args.teacher) == (name, "baseline")
+
+
+class Tells(Callback):
+    """Says whether the first epoch began."""
+
+    begun = False
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.begun = True
+
+
+@WAYS
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Linear(9, 3), r"`teacher`: Linear failed .* tensors of \(2, 1, 6, 6\)"),
+        (lambda: [Net(8), nn.Sequential(Net(8), nn.Linear(3, 5))], r"`teacher`: a mean needs outputs of one shape"),
+        (lambda: nn.Sequential(Net(8), nn.Linear(3, 5)), r"`teacher`: Sequential returned \(2, 5\)"),
+        (lambda: lambda batch: batch, r"`teacher` must take \(batch, batch_idx\)"),
+        (lambda: Net(8).to("meta"), r"`teacher` lies on the meta device"),
+    ],
+    ids=["inputs", "ensemble", "classes", "function", "meta"],
+)
+def test_a_teacher_that_does_not_fit_is_refused_before_the_first_epoch(way: str, make: Any, message: str) -> None:
+    tells = Tells()
+
+    def run() -> None:
+        if way == "module":
+            fit(DistillationModule(Classifier(), make()), [tells], limit_val_batches=0)
+        else:
+            fit(Classifier(), [Distillation(make()), tells], limit_val_batches=0)
+
+    with pytest.raises(ConfigurationError, match=message):
+        run()
+    assert not tells.begun
+
+
+def test_a_function_that_returns_nothing_is_named() -> None:
+    with pytest.raises(ConfigurationError, match=r"`teacher`: the function returned None"):
+        distil("module", Classifier(), lambda batch, batch_idx: None)
+
+
+def test_a_compiled_teacher_answers_as_the_module_does() -> None:
+    net, x = Net(8), images().tensors[0]
+    teacher = ModuleTeacher(torch.compile(net, backend="eager"))
+    question = Question((x,), {})
+    found = teacher.answer(question)
+    torch.testing.assert_close(found.output, net(x))
+    tapped = teacher.answer(Question((x,), {}, layers=("layer1",)))
+    assert tapped.features["layer1"][0].shape == (24, 8, 6, 6)
+    assert teacher.fingerprint() == ModuleTeacher(net).fingerprint()
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_checkpoint_without_distillation_is_not_resumed_by_the_callback(tmp_path: Path) -> None:
+    for name, module in (("plain", Classifier()), ("module", DistillationModule(Classifier(), Net(8)))):
+        trainer = fit(module, limit_val_batches=0)
+        trainer.save_checkpoint(tmp_path / name)
+        with pytest.raises(ConfigurationError, match="written without the Distillation callback"):
+            fit(Classifier(), [Distillation(Net(8))], 2, ckpt_path=str(tmp_path / name), limit_val_batches=0)
