@@ -18,14 +18,19 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from lightning_compress.cli import main
-from lightning_compress.models import resnet20
+from lightning_compress.models import resnet20, resnet56
 from lightning_compress.run.shipped import config_folder, header, recipe_files, register_recipes
 
 RECIPES = recipe_files()
 FACTS = ("Command:", "Seed:", "Machine:", "Baseline:", "Result:", "Wall time:")
-RATES = {"digits_2to4": 1.7, "digits_optimal_brain": 4, "mnist_lenet300_merge": 1.9, "resnet20_structured": 1.6}
+RATES = {"digits_2to4": 1.7, "digits_optimal_brain": 4, "mnist_lenet300_merge": 1.9, "resnet20_structured": 1.6} | {
+    "distill_resnet20": 2.9
+}
 """How many times smaller the file must get at least; structured recipes 2, all others 6 times."""
-SMALLER = {"digits_optimal_brain": ["+model.module.net.width=16"], "resnet20_structured": ["data.batch_size=8"]}
+SMALLER = {"digits_optimal_brain": ["+model.module.net.width=16"], "resnet20_structured": ["data.batch_size=8"]} | {
+    "distill_resnet20": ["data.per_class=1", "data.data.batch_size=4"],
+    "prune_distill": ["data.batch_size=8", "callbacks.prune.schedule.every=2%"],
+}
 FEW = [f"trainer.limit_{part}_batches=2" for part in ("train", "val", "test")]
 
 
@@ -37,6 +42,9 @@ def test_no_recipe_is_forgotten() -> None:
         "resnet20_structured",
         "digits_prune",
         "digits_structured",
+        "distill_resnet20",
+        "fitnets_mnist",
+        "prune_distill",
         "mnist_lenet300_prune",
         "mnist_lenet5_prune",
         "mnist_rigl",
@@ -62,7 +70,7 @@ def small_mnist(tmp_path: Path) -> Path:
 
 
 def _small_cifar(folder: Path, random: np.random.Generator) -> None:
-    """Write an archive of random images in class folders, and weights of a ResNet-20 that is not trained."""
+    """Write an archive of random images in class folders, and weights of ResNets that are not trained."""
     with tarfile.open(folder / "cifar10_jpeg.tar.gz", "w:gz") as archive:
         for split, kind, number in itertools.product(("train", "test"), range(10), range(4)):
             content = io.BytesIO()
@@ -72,7 +80,8 @@ def _small_cifar(folder: Path, random: np.random.Generator) -> None:
             content.seek(0)
             archive.addfile(entry, content)
     (folder / "resnet_cifar10").mkdir()
-    save_file(resnet20().state_dict(), folder / "resnet_cifar10" / "resnet20.safetensors")
+    for depth, build in ((20, resnet20), (56, resnet56)):
+        save_file(build().state_dict(), folder / "resnet_cifar10" / f"resnet{depth}.safetensors")
 
 
 @pytest.mark.parametrize("name", RECIPES)
