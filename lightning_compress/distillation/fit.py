@@ -113,8 +113,8 @@ def load_learnt(modules: Mapping[str, nn.Module], state: Mapping[str, Any]) -> N
 def lacking(name: str) -> str:
     """Return the message for a checkpoint without the state of distillation."""
     return (
-        f"the checkpoint was written without {name} and lacks its position and adapters; load its weights into the "
-        "student first, and start a new fit"
+        f"the checkpoint was written without distillation by {name} and lacks its position and adapters; load its "
+        "weights into the student first, and start a new fit"
     )
 
 

@@ -206,5 +206,5 @@ def test_a_checkpoint_without_distillation_is_not_resumed_by_the_callback(tmp_pa
     for name, module in (("plain", Classifier()), ("module", DistillationModule(Classifier(), Net(8)))):
         trainer = fit(module, limit_val_batches=0)
         trainer.save_checkpoint(tmp_path / name)
-        with pytest.raises(ConfigurationError, match="written without the Distillation callback"):
+        with pytest.raises(ConfigurationError, match="written without distillation by the Distillation callback"):
             fit(Classifier(), [Distillation(Net(8))], 2, ckpt_path=str(tmp_path / name), limit_val_batches=0)
