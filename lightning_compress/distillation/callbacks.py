@@ -68,7 +68,8 @@ class Distillation(Callback):
         losses: Losses or :class:`Term` s: one, a list, or a mapping by name. Default: soft targets.
         temperature: Of losses that soften, above 0, or a :class:`Ramp`.
         task_weight: Of the student's own loss, at least 0, or a :class:`Ramp`; see above.
-        student_output: The submodule whose output is compared; default the module itself.
+        student_output: The submodule whose output is compared; default the module itself. ``":1"`` or ``"net:1"`` for
+            one of several outputs.
         target: Position or key of the labels in a batch, for losses that look at them.
         name: Tells two of these callbacks apart.
 

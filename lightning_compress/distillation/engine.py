@@ -40,7 +40,8 @@ class Distiller:
         losses: What is compared.
         temperature: Of the losses that soften; above 0.
         task_weight: Of the student's own loss; at least 0.
-        student_output: The submodule that gives the student's output; ``""`` for the module itself.
+        student_output: The submodule that gives the student's output; ``""`` for the module itself, ``"net:1"`` or
+            ``":1"`` for one of several outputs.
         target: Where the labels lie in a batch, for losses that look at them.
 
     Raises:
@@ -59,7 +60,8 @@ class Distiller:
         self.terms = as_terms(losses)
         self.temperature = check_value(temperature, "temperature", above=0)
         self.task_weight = check_value(task_weight, "task_weight")
-        self.student_output, self.target = student_output, target
+        self.student_output, self.output_key = split_spec(student_output)
+        self.target, self.element = target, ""  # the latter tells which part of several outputs is compared
         if teacher is None and any(term.loss.uses_teacher for term in self.terms.values()):
             raise ConfigurationError("`teacher` is None, but the losses compare with one; give a module, path or list")
         self._given = teacher
@@ -74,6 +76,11 @@ class Distiller:
         self._taps = Taps(())
         self._student: weakref.ref[nn.Module] | None = None
 
+    @property
+    def output_spec(self) -> str:
+        """The student's output as the user named it: ``"path"`` or ``"path:key"``."""
+        return f"{self.student_output}:{self.output_key}" if self.output_key else self.student_output
+
     # ------------------------------------------------------------------ before training
 
     def take_teacher(self, student: nn.Module, given: Any = None) -> None:
@@ -85,7 +92,7 @@ class Distiller:
         wanted = self._given if given is None else given
         if self.teacher is not None or wanted is None:
             return
-        self.teacher = as_teacher(wanted, student, self.student_output)
+        self.teacher = as_teacher(wanted, student, self.output_spec)
 
     def prepare(self, student: nn.Module, example_inputs: Callable[[], Any]) -> None:
         """Match layers, run both models on one batch, check every shape and build the adapters.
@@ -157,7 +164,7 @@ class Distiller:
 
     def collect(self, record: Record) -> tuple[Seen, ...]:
         """Return one entry for each run of the student, with the tensors that the losses look at."""
-        return collect(record, self.student_output, self.pairs)
+        return collect(record, self.student_output, self.pairs, self.output_key)
 
     def split(self, batch: Any) -> tuple[Any, Any]:
         """Return the batch as the student's ``training_step`` wants it, and what the teacher needs out of it."""

@@ -14,7 +14,7 @@ from lightning_compress.core.plan import PlanRow, render_plan
 from lightning_compress.distillation.adapters import Adapters
 from lightning_compress.distillation.answers import check_answer
 from lightning_compress.distillation.pairs import LayerPair, match_pairs
-from lightning_compress.distillation.seen import Seen
+from lightning_compress.distillation.seen import Seen, element_of
 from lightning_compress.distillation.taps import defines_forward, tap_point
 from lightning_compress.distillation.teacher import Answer, Teacher
 from lightning_compress.distillation.teachers import layer_names
@@ -90,8 +90,7 @@ def examine_answer(distiller: Distiller, student: nn.Module, inputs: Any) -> Non
     Raises:
         ConfigurationError: If the teacher fails, or its answer cannot be used; names ``teacher``.
     """
-    if distiller.teacher is None or not distiller.teacher.has_validation:  # it wants a batch
-        return
+    asks = distiller.teacher is not None and distiller.teacher.has_validation  # others want a batch
     inputs = map_tensors(lambda tensor: tensor.to(device_of(student)), inputs)
     root = student if defines_forward(student) else tap_point(student, distiller.student_output)
     with evaluating(student), torch.no_grad(), distiller.watch(student, with_graph=False) as record:
@@ -100,7 +99,9 @@ def examine_answer(distiller: Distiller, student: nn.Module, inputs: Any) -> Non
             runs = distiller.collect(record)
         except Exception:  # a guess: its training_step may call it otherwise, and the first batch will tell
             return
-        answer = distiller.ask(runs[0], None, 0, None) if len(runs) == 1 else None
+        if runs and not distiller.output_key:
+            distiller.element = element_of(record[distiller.student_output][0].output, runs[0].output)
+        answer = distiller.ask(runs[0], None, 0, None) if len(runs) == 1 and asks else None
     if answer is not None:
         check_answer(distiller.terms, runs[0].output, answer, str(distiller.teacher))
 
@@ -136,6 +137,7 @@ def plan_of(distiller: Distiller, title: str) -> str:
         action = f"{type(term.loss).__name__} x {weight}"
         learnt = sum(p.numel() for p in distiller.adapters[name].parameters()) if name in distiller.adapters else 0
         action += f", adapters of {learnt} weights" if learnt else ""
-        pairs = [str(pair) for pair in distiller.pairs.get(name, ())] or [distiller.student_output or "output"]
+        output = (distiller.output_spec or "output") + distiller.element
+        pairs = [str(pair) for pair in distiller.pairs.get(name, ())] or [output]
         rows += [PlanRow(name, pair, "", action) for pair in pairs]
     return render_plan(f"{title}: teacher {distiller.teacher or 'none'}", rows)

@@ -69,13 +69,14 @@ class Seen:
         return Seen(self.args, self.kwargs, output, heads, features)
 
 
-def collect(record: Record, output: str, pairs: Mapping[str, Sequence[LayerPair]]) -> tuple[Seen, ...]:
+def collect(record: Record, output: str, pairs: Mapping[str, Sequence[LayerPair]], key: str = "") -> tuple[Seen, ...]:
     """Return what each run of the student showed.
 
     Args:
         record: The calls of the tapped layers.
         output: The path whose every call is one run.
         pairs: The taps of each loss.
+        key: Which of several outputs is compared; the main one by default.
 
     Raises:
         ConfigurationError: If a layer did not run, or not equally often in every run.
@@ -95,12 +96,26 @@ def collect(record: Record, output: str, pairs: Mapping[str, Sequence[LayerPair]
         Seen(
             run.args,
             run.kwargs,
-            pick(run.output, where="the student"),
+            pick(run.output, key, "the student"),
             tuple(tensors_in(_parts(run.output))),
             {spec: _features(record, spec, index, share) for spec, share in shares.items()},
         )
         for index, run in enumerate(runs)
     )
+
+
+def element_of(output: Any, chosen: Tensor) -> str:
+    """Return which part of an output was chosen, as text; empty for a single tensor.
+
+    >>> parts = (Tensor([0.0]), Tensor([1.0]))
+    >>> element_of(parts, parts[0]), element_of({"logits": parts[1]}, parts[1]), element_of(parts[0], parts[0])
+    (':0 of 2', ':logits', '')
+    """
+    if isinstance(output, Mapping):
+        return next((f":{key}" for key, value in output.items() if value is chosen), "")
+    if isinstance(output, tuple | list) and len(output) > 1:
+        return next((f":{index} of {len(output)}" for index, value in enumerate(output) if value is chosen), "")
+    return ""
 
 
 def _parts(output: Any) -> Any:

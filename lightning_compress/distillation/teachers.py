@@ -17,7 +17,7 @@ from lightning_compress.core.isolation import map_tensors
 from lightning_compress.core.paths import clean_path, get_layer, named_layers, original
 from lightning_compress.distillation.functions import FunctionTeacher
 from lightning_compress.distillation.loading import load_weights
-from lightning_compress.distillation.taps import Taps, defines_forward, pick
+from lightning_compress.distillation.taps import Taps, defines_forward, pick, split_spec
 from lightning_compress.distillation.teacher import Answer, Question, Teacher
 
 BASELINE = "baseline"
@@ -35,7 +35,8 @@ class ModuleTeacher(Teacher):
 
     Args:
         module: Any module; a LightningModule is called by its ``forward``.
-        output: The submodule to call instead, by path, for a LightningModule without a ``forward``.
+        output: The submodule to call instead, by path, for a LightningModule without a ``forward``; with a colon one of
+            several outputs, as in ``":1"`` or ``"net:logits"``.
 
     Raises:
         ConfigurationError: If it is no module, or has nothing to call.
@@ -51,8 +52,8 @@ class ModuleTeacher(Teacher):
         if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
             raise ConfigurationError("`teacher` lies on the meta device, without values; load its weights first")
         self.module = module.eval().requires_grad_(False)
-        self.output = output
-        called = get_layer(module, output) if output else module
+        self.output, self.key = split_spec(output)
+        called = get_layer(module, self.output) if self.output else module
         if not defines_forward(original(called)):
             near = ", ".join(repr(name) for name, _ in module.named_children()) or "none"
             raise ConfigurationError(
@@ -72,7 +73,7 @@ class ModuleTeacher(Teacher):
         args, kwargs = self._as_own_type((question.args, dict(question.kwargs)))
         taps = Taps(question.layers)
         with torch.no_grad(), taps.watch(root) as seen:
-            output = pick(called(*args, **kwargs), where="the teacher")
+            output = pick(called(*args, **kwargs), self.key, "the teacher")
         features = {path: tuple(call.output for call in calls) for path, calls in seen.items()}
         return Answer(output, features)
 
@@ -193,7 +194,7 @@ def as_teacher(teacher: Any, student: nn.Module | None = None, output: str = "")
             of which the mean counts.
         student: The student, where the teacher is made from it.
         output: Path of the submodule that gives the student's output; the same is called in a teacher that has it and
-            no ``forward``.
+            no ``forward``. Its ``":key"`` counts for copies of the student.
 
     Raises:
         ConfigurationError: If it is none of these, or needs a student.
@@ -212,7 +213,7 @@ def as_teacher(teacher: Any, student: nn.Module | None = None, output: str = "")
         copied = full_copy(student)
         if teacher != BASELINE:
             load_weights(copied, teacher)
-        return _module_teacher(copied, output)
+        return ModuleTeacher(copied, output) if ":" in output else _module_teacher(copied, output)
     if isinstance(teacher, Sequence):
         return Ensemble([as_teacher(one, student, output) for one in teacher])
     if callable(teacher) and not isinstance(teacher, type):
@@ -253,6 +254,7 @@ def layer_names(root: nn.Module) -> tuple[str, ...]:
 
 
 def _module_teacher(module: nn.Module, output: str) -> ModuleTeacher:
+    output = split_spec(output)[0]  # which of several outputs is the student's own matter
     borrowed = output if not defines_forward(original(module)) and output in named_layers(module) else ""
     return ModuleTeacher(module, borrowed)
 
