@@ -152,7 +152,8 @@ class OptimalBrainCompression(PostTrainingPruning):
         damping: Share of the Hessian's mean diagonal that is added to its diagonal.
         samples: How many calibration samples are enough; whole batches are used.
         granularity: ``"element"``, or a pattern such as ``"2:4"`` of which each N of M consecutive inputs stay; then
-            the amount is the pattern's, and layers whose inputs are no multiple of M are left alone.
+            the amount is the pattern's, and layers whose inputs are no multiple of M are left alone. Not together with
+            ``scope="global"``: a pattern gives every layer the same amount.
         name: Tells two of these callbacks apart.
 
     Raises:

@@ -37,7 +37,7 @@ _SEED = "seed:"
 
 
 class DynamicSparseTraining(CompressionCallback):
-    r"""Train with a constant number of non-zeros from the first step (SET, arXiv 1707.04383; RigL, arXiv 1911.11134).
+    r"""Train with a constant number of connections from the first step (SET, arXiv 1707.04383; RigL, arXiv 1911.11134).
 
     Masks are random at first. Every ``every`` the share
 
@@ -45,8 +45,8 @@ class DynamicSparseTraining(CompressionCallback):
 
     of the connections of each layer, the smallest :math:`|w|`, is dropped and as many are grown: where the dense
     gradient :math:`|\partial L/\partial w|` of that step is largest (``rigl``), or at random (``set``). Grown weights
-    start at zero, with their optimizer state (momentum, squared gradients) zeroed. The number of non-zero positions of
-    each layer never changes, zeros are exact after every optimizer step, and all processes decide the same: gradients
+    start at zero, with their optimizer state (momentum, squared gradients) zeroed. The number of connections of each
+    layer never changes, zeros are exact after every optimizer step, and all processes decide the same: gradients
     are taken when they are accumulated and reduced, chance comes from (seed, step, path of the weight). Masks live in
     the checkpoint's callback state, so a run resumes exactly from inside an epoch.
 
