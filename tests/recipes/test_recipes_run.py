@@ -24,7 +24,8 @@ from lightning_compress.run.shipped import config_folder, header, recipe_files, 
 RECIPES = recipe_files()
 FACTS = ("Command:", "Seed:", "Machine:", "Baseline:", "Result:", "Wall time:")
 RATES = {"digits_2to4": 1.7, "digits_optimal_brain": 4, "mnist_lenet300_merge": 1.9, "resnet20_structured": 1.6} | {
-    "distill_resnet20": 2.9
+    "distill_resnet20": 2.9,
+    "mnist_lottery": 3.5,
 }
 """How many times smaller the file must get at least; structured recipes 2, all others 6 times."""
 SMALLER = {"digits_optimal_brain": ["+model.module.net.width=16"], "resnet20_structured": ["data.batch_size=8"]} | {
@@ -47,6 +48,7 @@ def test_no_recipe_is_forgotten() -> None:
         "prune_distill",
         "mnist_lenet300_prune",
         "mnist_lenet5_prune",
+        "mnist_lottery",
         "mnist_rigl",
     }
 

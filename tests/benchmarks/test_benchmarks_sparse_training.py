@@ -1,4 +1,4 @@
-"""The benchmark of lottery tickets in miniature."""
+"""The benchmarks of lottery tickets and of dynamic sparse training in miniature."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from benchmarks import _common as common
-from benchmarks import lottery_mnist
+from benchmarks import dynamic_sparse_mnist, lottery_mnist
 from benchmarks._mnist import error_on_test, mean_rows, new_classifier
 from lightning_compress.data import ImageDataModule
 from lightning_compress.data.module import Splits
@@ -70,3 +70,17 @@ def test_the_committed_ticket_matches_the_dense_network():
     (judged,) = [row for row in content["rows"] if row["goal"] is not None]
     assert "21.0%" in judged["case"]
     assert judged["met"]
+
+
+def test_dynamic_methods_in_miniature(data: Stripes):
+    errors = dynamic_sparse_mnist.run_methods(data, seed=0, sparsities=(0.5,), epochs=2)
+    assert len(errors) == 4
+    assert all(error < 40 for error in errors.values())
+
+
+def test_the_committed_moving_masks_beat_masks_that_stay():
+    content = json.loads((common.RESULTS / "dynamic_sparse_mnist.json").read_text(encoding="utf-8"))
+    judged = [row for row in content["rows"] if row["goal"] is not None]
+    assert len(judged) == 4
+    assert all(row["met"] for row in judged)
+    assert not content["environment"]["quick"]
