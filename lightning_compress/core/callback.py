@@ -66,6 +66,8 @@ class CompressionCallback(Method, Callback):
     """Callbacks that must stand after this one."""
     conflicts_with: ClassVar[tuple[type[Callback], ...]] = ()
     """Callbacks that cannot be used together with this one."""
+    counts_fits: ClassVar[bool] = False
+    """Whether each fit is a round, so that one of a Trainer that is at its end already is refused."""
 
     def __init__(self, schedule: Schedule, select: Select, name: str | None = None) -> None:
         super().__init__(schedule, select, name)

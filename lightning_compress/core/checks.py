@@ -45,13 +45,14 @@ def check_trainer(callback: CompressionCallback, trainer: Trainer) -> None:
 
     Raises:
         ConfigurationError: For a sharded strategy, a callback that conflicts or cannot be told from this one, or one on
-            the wrong side of this one.
+            the wrong side of this one, or a Trainer that is at its end where each fit counts.
     """
     if isinstance(trainer.strategy, _SHARDED):
         raise ConfigurationError(
             f"{callback.state_key} needs whole weights on every process, but `strategy` is "
             f"{type(trainer.strategy).__name__}, which shards them; use strategy='ddp' or a single device"
         )
+    _check_unused(callback, trainer)
     callbacks = callbacks_of(trainer)
     mine = callbacks.index(callback)
     _check_name(callback, callbacks)
@@ -83,3 +84,13 @@ def _check_name(callback: CompressionCallback, callbacks: list[Callback]) -> Non
             f"`callbacks` has {len(same)} {kind} {named}, which checkpoints and metrics cannot tell apart; give each "
             f"a name of its own: {kind}(..., name='first')"
         )
+
+
+def _check_unused(callback: CompressionCallback, trainer: Trainer) -> None:
+    if callback.counts_fits and trainer.ckpt_path is None and trainer.global_step > 0:
+        epochs, steps = trainer.max_epochs, trainer.max_steps
+        if (epochs is not None and 0 <= epochs <= trainer.current_epoch) or 0 <= steps <= trainer.global_step:
+            raise ConfigurationError(
+                f"{callback.state_key} counts fits, but this Trainer has trained already, to `max_epochs` {epochs} and "
+                f"`max_steps` {steps}, so another fit would do nothing; make a new Trainer for each round"
+            )

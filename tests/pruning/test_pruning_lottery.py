@@ -331,3 +331,14 @@ def test_two_processes_prune_and_rewind_the_same(tmp_path: Path) -> None:
         assert int(held["values"]["round:"]) == 2
         zeros = sum(int((held["state"][f"net.{name}.weight"] == 0).sum()) for name in ("stem", "depthwise", "grouped"))
         assert zeros == round((1 - 0.6**2) * 176)
+
+
+def test_a_trainer_that_is_at_its_end_trains_no_second_round() -> None:
+    net, ticket = seeded(), LotteryTicket(0.5)
+    trainer = Trainer(callbacks=[ticket], enable_checkpointing=False, max_epochs=1, **QUIET)
+    trainer.fit(net)
+    with pytest.raises(ConfigurationError, match="make a new Trainer for each round"):
+        trainer.fit(net)
+    assert ticket.round == 0
+    run(net, ticket)
+    assert ticket.round == 1

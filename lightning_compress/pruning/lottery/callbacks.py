@@ -49,7 +49,8 @@ class LotteryTicket(CompressionCallback):
         for _ in range(8):  # dense, then seven prunings: 21 % of the weights are left
             Trainer(max_epochs=20, callbacks=[ticket]).fit(module)
 
-    and in a recipe ``rounds: 8`` in a stage. Pass the same module each time; another one begins at round 0. Round,
+    and in a recipe ``rounds: 8`` in a stage. Pass the same module each time, to a new Trainer;
+    another module begins at round 0. Round,
     masks and the copy (on the CPU, as large as the model) live in the checkpoint's callback state: a round that was cut
     off goes on with ``fit(module, ckpt_path=...)``, and the loop with the rounds after it.
 
@@ -87,6 +88,7 @@ class LotteryTicket(CompressionCallback):
     supported: ClassVar[tuple[type[nn.Module], ...]] = PRUNABLE
     runs_after: ClassVar[tuple[type[Callback], ...]] = (WeightAveraging, StochasticWeightAveraging)
     conflicts_with: ClassVar[tuple[type[Callback], ...]] = (ModelPruning, IterativePruning, DynamicSparseTraining)
+    counts_fits: ClassVar[bool] = True
     needs_training: ClassVar[str] = "it prunes between rounds of training, each from the same early weights"
 
     def __init__(
