@@ -13,7 +13,7 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lightning_compress import __version__
 from lightning_compress.core.errors import ConfigurationError, did_you_mean
@@ -130,7 +130,7 @@ def _job(failures: list[_Failure]) -> Callable[[DictConfig], None]:
     def job(config: DictConfig) -> None:
         settings = HydraConfig.get()
         try:
-            check_overrides(config, settings.overrides.task)
+            check_overrides(config, OmegaConf.to_container(settings.overrides.task, resolve=False))
             run_settings(config, Path(settings.runtime.output_dir))
         except Exception as error:
             log.debug("the run failed", exc_info=True)
