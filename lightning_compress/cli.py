@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -130,7 +131,8 @@ def _job(failures: list[_Failure]) -> Callable[[DictConfig], None]:
     def job(config: DictConfig) -> None:
         settings = HydraConfig.get()
         try:
-            check_overrides(config, OmegaConf.to_container(settings.overrides.task, resolve=False))
+            words = cast(list[str], OmegaConf.to_container(settings.overrides.task, resolve=False))
+            check_overrides(config, words)
             run_settings(config, Path(settings.runtime.output_dir))
         except Exception as error:
             log.debug("the run failed", exc_info=True)
