@@ -71,7 +71,7 @@ class DistillationModule(LightningModule):
         temperature: Of losses that soften, above 0; a :class:`Ramp` changes it.
         task_weight: Of the student's own loss, at least 0; a :class:`Ramp` changes it.
         student_output: The submodule whose output is compared, such as ``"net"``, for a student that has no ``forward``
-            or does not call itself.
+            or does not call itself; ``":1"`` or ``"net:1"`` for one of several outputs.
         target: Position or key of the labels in a batch, for losses that look at them; found by itself in
             ``(inputs, labels)`` and under usual keys.
         task: Loss, optimizer and metric of a plain module; default cross entropy and Adam.
