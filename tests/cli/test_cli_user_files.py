@@ -86,6 +86,7 @@ def test_training_starts_from_given_weights_without_counters(
 OF_ITS_NETWORK = {
     "resnet20_structured": ['callbacks.structured.select.include=["*"]'],
     "distill_resnet20": ["model.checkpoint=null"],
+    "mnist_ssl_lenet5": ["~callbacks.group_lasso.rules", "select@callbacks.group_lasso.select=all"],
     "fitnets_mnist": [
         "~callbacks.hints.losses.hint.pairs",
         "+callbacks.hints.losses.hint.pairs={layer.0: layer.0}",

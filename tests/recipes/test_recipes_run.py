@@ -26,10 +26,12 @@ FACTS = ("Command:", "Seed:", "Machine:", "Baseline:", "Result:", "Wall time:")
 RATES = {"digits_2to4": 1.7, "digits_optimal_brain": 4, "mnist_lenet300_merge": 1.9, "resnet20_structured": 1.6} | {
     "distill_resnet20": 2.9,
     "mnist_lottery": 3.5,
+    "mnist_ssl_lenet5": 2,
 }
 """How many times smaller the file must get at least; structured recipes 2, all others 6 times."""
 SMALLER = {"digits_optimal_brain": ["+model.module.net.width=16"], "resnet20_structured": ["data.batch_size=8"]} | {
     "distill_resnet20": ["data.per_class=1", "data.data.batch_size=4"],
+    "mnist_ssl_lenet5": ["callbacks.group_lasso.threshold=0.99"],
     "prune_distill": ["data.batch_size=8", "callbacks.prune.schedule.every=2%"],
 }
 FEW = [f"trainer.limit_{part}_batches=2" for part in ("train", "val", "test")]
@@ -50,6 +52,7 @@ def test_no_recipe_is_forgotten() -> None:
         "mnist_lenet5_prune",
         "mnist_lottery",
         "mnist_rigl",
+        "mnist_ssl_lenet5",
     }
 
 
