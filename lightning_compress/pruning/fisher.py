@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.errors import ConfigurationError
@@ -27,7 +28,7 @@ class FisherPruning(PostTrainingPruning):
     those numbers per sample. The quadratic is trusted only near the trained weights: beyond some sparsity, repeat it in
     steps with fine-tuning between.
 
-    Runs on: any device, ``ddp``. A batch is a pair of inputs and targets.
+    Runs on: CPU and CUDA, ``ddp``. A batch is a pair of inputs and targets.
 
     Args:
         amount: Share of zeros over all selected weights, 0 to below 1; each tensor keeps at least 0.5 %.
@@ -81,8 +82,10 @@ class FisherPruning(PostTrainingPruning):
     def _inverses(self, model: nn.Module, weights: dict[str, nn.Parameter], batches: list[Any]) -> dict[str, Any]:
         taken = itertools.islice(sample_gradients(model, weights, batches, self.loss), self.samples)
         total = min(self.samples, sum(_targets_in(batch) for batch in batches))
+        # one number a weight: twice the bytes are cheap, and float32 cancels where the damping is tiny
+        dtype = torch.float64 if self.block == 1 else torch.float32
         inverses = {
-            key: FisherInverse(weight.numel(), max(total, 1), self.block, self.damping, device=weight.device)
+            key: FisherInverse(weight.numel(), max(total, 1), self.block, self.damping, dtype, weight.device)
             for key, weight in weights.items()
         }
         for gradients in taken:
