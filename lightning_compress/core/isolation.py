@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -76,16 +76,21 @@ def same_randomness() -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(*models: object) -> Iterator[None]:
+def eval_mode(*models: object) -> Iterator[None]:
     """Put every module among ``models`` into evaluation mode and give each submodule its own mode back on leaving."""
     modules = [model for model in models if isinstance(model, nn.Module)]
     modes = [(part, part.training) for model in modules for part in model.modules()]
-    with ExitStack() as stack:
-        stack.enter_context(same_randomness())
-        for model in modules:
-            model.eval()
-        try:
-            yield
-        finally:
-            for part, training in modes:
-                part.training = training
+    for model in modules:
+        model.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextmanager
+def evaluating(*models: object) -> Iterator[None]:
+    """Do as :func:`eval_mode`, and restore the random states too."""
+    with same_randomness(), eval_mode(*models):
+        yield

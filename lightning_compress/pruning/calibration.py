@@ -2,108 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_compress.core.copies import tensors_in
+from lightning_compress.core.calibration import run_on
 from lightning_compress.core.errors import ConfigurationError
-from lightning_compress.pruning.patches import layer_hessian
+from lightning_compress.core.isolation import eval_mode
+from lightning_compress.core.patches import layer_patches
 
 Loss = Callable[[Any, Any], Tensor]
 
 
-def check_batches(batches: Any, samples: int) -> None:
-    """Refuse what :func:`calibration_batches` cannot read.
+def layer_hessian(layer: nn.Module, inputs: Tensor) -> Tensor:
+    r"""Return :math:`2 X X^\top` of a layer's inputs, the Hessian of the squared error of each of its outputs.
 
-    Raises:
-        ConfigurationError: If ``batches`` is not a collection, loader or data module, or ``samples`` is below 1.
-    """
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise ConfigurationError(f"`samples` must be an int >= 1, got {samples!r}")
-    if isinstance(batches, Iterator | str | bytes):
-        raise ConfigurationError(
-            f"`batches` must be something that can be read again, got {type(batches).__name__}; give a list of "
-            "batches, a loader or a data module"
-        )
-    if batches is not None and not (isinstance(batches, Iterable) or callable(_loader_of(batches))):
-        raise ConfigurationError(
-            f"`batches` must be a tensor, a list of batches, a loader or a data module, got {type(batches).__name__}"
-        )
-
-
-def _loader_of(batches: object) -> Any:
-    return getattr(batches, "train_dataloader", None)
-
-
-def require_batches(batches: Any) -> None:
-    """Raise a ConfigurationError if there are no batches, as far as can be told without reading any."""
-    if batches is None or (isinstance(batches, Sized) and len(batches) == 0):
-        raise ConfigurationError(
-            f"`batches` is {'missing' if batches is None else 'empty'}: this method looks at data; give calibration "
-            "batches (a list of batches as the model takes them, a loader or a data module)"
-        )
-
-
-def calibration_batches(batches: Any, samples: int) -> Iterator[Any]:
-    """Yield whole batches until at least ``samples`` samples have been seen.
+    A bias counts as one more weight, the last, whose input is always 1: it is never pruned, but takes up the mean of
+    what is removed.
 
     Args:
-        batches: One tensor (a single batch), an iterable of batches such as a list or a loader, or a data module, of
-            which the training data is taken.
-        samples: How many samples are enough.
+        layer: Linear or Conv1d/2d/3d.
+        inputs: As in :func:`layer_patches`.
 
-    Raises:
-        ConfigurationError: If there is none.
+    Returns:
+        (groups, d, d) in float64, d = in, or in + 1 with a bias. Sums over rows: add up batches, divide at the end.
 
-    >>> [len(batch) for batch in calibration_batches([torch.zeros(3, 2)] * 4, samples=5)]
-    [3, 3]
+    >>> import torch
+    >>> layer_hessian(nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 2.0], [0.0, 1.0]])).tolist()
+    [[[2.0, 4.0], [4.0, 10.0]]]
     """
-    require_batches(batches)
-    if isinstance(batches, Tensor):
-        batches = [batches]
-    elif callable(_loader_of(batches)):
-        batches.prepare_data()
-        batches.setup("fit")
-        batches = batches.train_dataloader()
-    seen = 0
-    for batch in batches:
-        yield batch
-        first = next(tensors_in(batch), None)
-        seen += 1 if first is None or first.dim() == 0 else len(first)
-        if seen >= samples:
-            return
-    if seen == 0:
-        raise ConfigurationError("`batches` is empty: give at least one calibration batch")
-
-
-def run_on(model: nn.Module, batch: Any) -> Any:
-    """Call ``model`` with a batch: a tensor, the first item of a list or tuple, or a mapping as keywords."""
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    inputs = batch[0] if isinstance(batch, list | tuple) else batch
-    if isinstance(inputs, Mapping):
-        return model(**{key: _to(value, device) for key, value in inputs.items()})
-    return model(_to(inputs, device))
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into eval mode, and each back into its own afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    rows = layer_patches(layer, inputs.detach())
+    if getattr(layer, "bias", None) is not None:
+        rows = F.pad(rows, (0, 1), value=1.0)
+    rows = rows.double()
+    return 2 * rows.transpose(1, 2) @ rows
 
 
 def collect_hessians(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any]) -> dict[str, Tensor]:
@@ -141,7 +77,7 @@ def collect_hessians(model: nn.Module, layers: Mapping[str, nn.Module], batches:
 
     counts: dict[str, float] = {}
     with ExitStack() as stack, torch.no_grad():
-        stack.enter_context(evaluating(model))
+        stack.enter_context(eval_mode(model))
         for path, layer in layers.items():
             handle = layer.register_forward_pre_hook(watch(path), with_kwargs=True)
             stack.callback(handle.remove)
@@ -181,7 +117,7 @@ def sample_gradients(
     judge = F.cross_entropy if loss is None else loss
     frozen = [weight for weight in weights.values() if not weight.requires_grad]
     with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
+        stack.enter_context(eval_mode(model))
         for weight in frozen:
             stack.callback(weight.requires_grad_, False)
             weight.requires_grad_(True)

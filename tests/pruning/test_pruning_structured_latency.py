@@ -20,7 +20,7 @@ from torch import nn
 import lightning_compress as lc
 from lightning_compress import ConfigurationError, Schedule, StructuredPruning
 from lightning_compress.core.hooks import journal_of
-from lightning_compress.pruning.structured.latency import LatencyGoal, as_goal, batch_of, relative, time_models
+from lightning_compress.core.latency import LatencyGoal, as_goal, batch_of, relative, time_models
 from lightning_compress.pruning.structured.latency_search import LatencySearch
 
 X = torch.zeros(4, 8)

@@ -16,6 +16,7 @@ from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.cost import count_macs, count_parameters
 from lightning_compress.core.errors import ConfigurationError, SelectionError, did_you_mean
 from lightning_compress.core.journal import Edit
+from lightning_compress.core.latency import LatencyGoal, as_goal
 from lightning_compress.core.paths import clean_path, get_layer, named_layers
 from lightning_compress.core.plan import PlanRow
 from lightning_compress.core.run import Layers
@@ -25,7 +26,6 @@ from lightning_compress.pruning.structured.budget import Costs, choose_cuts, cho
 from lightning_compress.pruning.structured.goal import check_reachable, resolve_goal
 from lightning_compress.pruning.structured.groups import ChannelGroup, parameter_in, slice_edits, zero_channels
 from lightning_compress.pruning.structured.importance import has_scales
-from lightning_compress.pruning.structured.latency import LatencyGoal, as_goal
 from lightning_compress.pruning.structured.latency_search import LatencySearch
 from lightning_compress.pruning.structured.limits import Limit, Limits, as_limits
 from lightning_compress.pruning.structured.ranking import Ranking, as_ranking

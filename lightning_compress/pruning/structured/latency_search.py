@@ -14,16 +14,18 @@ from torch import Tensor, distributed, nn
 
 from lightning_compress.core.copies import full_copy
 from lightning_compress.core.errors import ConfigurationError
-from lightning_compress.core.progress import slow
-from lightning_compress.core.verbs import apply
-from lightning_compress.pruning.structured.groups import ChannelGroup, slice_edits
-from lightning_compress.pruning.structured.latency import (
+from lightning_compress.core.latency import (
     LatencyGoal,
+    agree,
     batch_of,
     interpolate,
+    many_processes,
     relative,
     time_models,
 )
+from lightning_compress.core.progress import slow
+from lightning_compress.core.verbs import apply
+from lightning_compress.pruning.structured.groups import ChannelGroup, slice_edits
 
 Widths = dict[str, int]
 _TRIES = 12
@@ -205,11 +207,11 @@ class LatencySearch:
         if model is None:
             raise ConfigurationError("`latency` cannot be measured: this callback is a copy that has no model; fit it")
         start, found = time.monotonic(), [0.0] * (len(candidates) + 2)
-        if not _many() or distributed.get_rank() == 0:
+        if not many_processes() or distributed.get_rank() == 0:
             times = self.measure([full_copy(model), *(self._cut(model, each) for each in candidates)], seconds)
             shares = [relative(each, times[0]) for each in times[1:]]
             found = [time.monotonic() - start, statistics.median(times[0]), *shares]
-        spent, before, *shares = _agree(found)
+        spent, before, *shares = agree(found)
         self._spent += spent
         self._before.append(before)
         self.figures["before_ms"] = statistics.median(self._before)
@@ -232,17 +234,3 @@ def _try(widths_at: Callable[[float, int], Widths], share: float, step: int) -> 
 
 def _after(values: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
-
-
-def _many() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
-
-
-def _agree(numbers: list[float]) -> list[float]:
-    """Return the first process's numbers, so that all decide alike."""
-    if not _many():
-        return numbers
-    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
-    distributed.broadcast(tensor, 0)
-    return tensor.tolist()

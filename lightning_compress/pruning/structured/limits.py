@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from math import ceil
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from torch import nn
 
-from lightning_compress.core.errors import ConfigurationError, SelectionError, did_you_mean
+from lightning_compress.core.errors import ConfigurationError, SelectionError
+from lightning_compress.core.mapping import from_mapping
 from lightning_compress.core.select import Select
 from lightning_compress.pruning.structured.groups import ChannelGroup
-
-Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -168,23 +167,6 @@ def as_limits(limits: Limits | Mapping[str, Any] | None) -> Limits:
     Limits(floor=0.1, round_to=16, rules={})
     """
     return from_mapping(Limits, limits, "limits")
-
-
-def from_mapping(kind: type[Kind], value: Kind | Mapping[str, Any] | None, name: str) -> Kind:
-    """Return ``value`` if it is of the kind, the kind's default for ``None``, else one built from a mapping."""
-    if value is None:
-        return kind()
-    if isinstance(value, kind):
-        return value
-    known = [item.name for item in fields(cast(Any, kind))]
-    if not isinstance(value, Mapping):
-        raise ConfigurationError(
-            f"`{name}` must be a {kind.__name__} or a mapping with {', '.join(known)}; got {value!r}"
-        )
-    for key in value:
-        if key not in known:
-            raise ConfigurationError(f"`{name}` has no key {key!r}: {did_you_mean(str(key), known)}")
-    return kind(**value)
 
 
 def _rule(name: str, rule: ChannelRule | Mapping[str, Any]) -> ChannelRule:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.core.errors import ConfigurationError, did_you_mean
+from lightning_compress.core.mapping import from_mapping
 from lightning_compress.pruning.structured.groups import ChannelGroup, Layers
 from lightning_compress.pruning.structured.importance import (
     KINDS,
@@ -18,7 +19,6 @@ from lightning_compress.pruning.structured.importance import (
     has_gradients,
     lamp,
 )
-from lightning_compress.pruning.structured.limits import from_mapping
 
 SCOPES = ("global", "layer", "lamp", "global_raw")
 

@@ -1,4 +1,4 @@
-"""What each output of a layer sees of its inputs, and the Hessian of its squared error (im2col)."""
+"""What each output of a layer sees of its inputs (im2col)."""
 
 from __future__ import annotations
 
@@ -55,27 +55,3 @@ def _padded(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor) -> Tensor:
             both = 0 if isinstance(layer.padding, str) else layer.padding[axis]
             sides += [both, both]
     return F.pad(inputs, sides, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
-
-
-def layer_hessian(layer: nn.Module, inputs: Tensor) -> Tensor:
-    r"""Return :math:`2 X X^\top` of a layer's inputs, the Hessian of the squared error of each of its outputs.
-
-    A bias counts as one more weight, the last, whose input is always 1: it is never pruned, but takes up the mean of
-    what is removed.
-
-    Args:
-        layer: Linear or Conv1d/2d/3d.
-        inputs: As in :func:`layer_patches`.
-
-    Returns:
-        (groups, d, d) in float64, d = in, or in + 1 with a bias. Sums over rows: add up batches, divide at the end.
-
-    >>> import torch
-    >>> layer_hessian(nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 2.0], [0.0, 1.0]])).tolist()
-    [[[2.0, 4.0], [4.0, 10.0]]]
-    """
-    rows = layer_patches(layer, inputs.detach())
-    if getattr(layer, "bias", None) is not None:
-        rows = F.pad(rows, (0, 1), value=1.0)
-    rows = rows.double()
-    return 2 * rows.transpose(1, 2) @ rows

@@ -1,4 +1,4 @@
-"""How long a model and cut copies of it take on this machine, measured so that noise does not decide."""
+"""How long a model and smaller copies of it take on this machine, measured so that noise does not decide."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.isolation import batch_size_of, call, device_of, evaluating, map_tensors
-from lightning_compress.pruning.structured.limits import from_mapping
+from lightning_compress.core.mapping import from_mapping
 
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 41
 _SHORTEST = 2e-3
@@ -154,6 +154,25 @@ def interpolate(bracket: Sequence[tuple[float, float]], wanted: float) -> float:
     (low, below), (high, above) = bracket
     part = (wanted - below) / (above - below) if above > below else 0.5
     return low + min(0.9, max(0.1, part)) * (high - low)
+
+
+def many_processes() -> bool:
+    """Return whether this is one of several processes that train together."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def agree(numbers: list[float]) -> list[float]:
+    """Return the first process's numbers, so that all decide alike.
+
+    >>> agree([1.5])
+    [1.5]
+    """
+    if not many_processes():
+        return numbers
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
+    distributed.broadcast(tensor, 0)
+    return tensor.tolist()
 
 
 def _run(model: nn.Module, inputs: object, device: torch.device) -> None:
