@@ -17,6 +17,7 @@ from lightning_compress.core.plan import PlanRow
 from lightning_compress.core.run import Layers
 from lightning_compress.core.schedule import Schedule
 from lightning_compress.core.select import Select, Selection
+from lightning_compress.core.targets import PRUNABLE, Target, find_targets
 from lightning_compress.pruning.allocation import SCOPES, allocate, choose_masks
 from lightning_compress.pruning.fitting import fit_targets, rank_groups
 from lightning_compress.pruning.granularity import Layout, expand_mask, layout_of, parse_granularity
@@ -24,7 +25,6 @@ from lightning_compress.pruning.masks import apply_mask, kept, pack_mask, unpack
 from lightning_compress.pruning.rules import Rule, as_rules, check_amounts
 from lightning_compress.pruning.scorer import Scorer
 from lightning_compress.pruning.scores import SCORES, check_score, find_score
-from lightning_compress.pruning.targets import PRUNABLE, Target, find_targets
 
 
 class IterativePruning(CompressionCallback):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.paths import get_layer, named_layers
+from lightning_compress.core.targets import Target
 from lightning_compress.pruning.allocation import Ranked, least_kept
 from lightning_compress.pruning.granularity import (
     Granularity,
@@ -22,7 +23,6 @@ from lightning_compress.pruning.granularity import (
     to_units,
 )
 from lightning_compress.pruning.scores import Score
-from lightning_compress.pruning.targets import Target
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 

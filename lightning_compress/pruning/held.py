@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from lightning_compress.core.errors import ConfigurationError, SelectionError, did_you_mean
 from lightning_compress.core.paths import clean_path
 from lightning_compress.core.run import Layers
 from lightning_compress.core.select import Selection
+from lightning_compress.core.targets import Target, find_targets
 from lightning_compress.pruning.masks import apply_mask, kept, pack_mask, unpack_mask
-from lightning_compress.pruning.targets import Target, find_targets
 
 _PREFIX = "mask:"
 
@@ -112,38 +112,3 @@ class HeldMasks:
         if mask.device != weight.device:
             mask = self.masks[key] = mask.to(weight.device)
         apply_mask(weight, mask, self._scratch)
-
-
-def common_seed(device: torch.device) -> int:
-    """Return torch's initial seed, in every process that of the first one.
-
-    Args:
-        device: Where processes can talk to each other.
-
-    >>> state = torch.manual_seed(7)
-    >>> common_seed(torch.device("cpu"))
-    7
-    """
-    drawn = torch.tensor(torch.initial_seed() & (2**63 - 1), device=device)
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.broadcast(drawn, 0)
-    return int(drawn)
-
-
-def shape_of(weight: Tensor) -> str:
-    """Return a shape as text for a plan.
-
-    >>> shape_of(torch.zeros(4, 2))
-    '4x2'
-    """
-    return "x".join(map(str, weight.shape))
-
-
-def tied_with(targets: Iterable[Target], key: str) -> str:
-    """Return ``", tied with ..."`` for a weight that has other paths, else nothing.
-
-    >>> tied_with([Target("decode", "weight", ("embed.weight",))], "decode.weight")
-    ', tied with embed.weight'
-    """
-    names = next((target.tied for target in targets if target.key == key), ())
-    return f", tied with {', '.join(names)}" if names else ""

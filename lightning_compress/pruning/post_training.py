@@ -19,10 +19,10 @@ from lightning_compress.core.plan import PlanRow
 from lightning_compress.core.run import Layers
 from lightning_compress.core.schedule import Schedule
 from lightning_compress.core.select import Select, Selection
+from lightning_compress.core.targets import Target, find_targets
 from lightning_compress.pruning.calibration import collect_hessians
 from lightning_compress.pruning.granularity import layout_of, misfit, parse_granularity
 from lightning_compress.pruning.layerwise import ROW_SCOPES, TracedLayer, counts_over_layers, obc_prune, trace_layer
-from lightning_compress.pruning.targets import Target, find_targets
 
 SCOPES = (*ROW_SCOPES, "global")
 FLOOR = 0.005

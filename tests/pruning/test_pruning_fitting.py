@@ -11,13 +11,13 @@ from lightning_compress.core.compress import compress
 from lightning_compress.core.errors import ConfigurationError, SelectionError
 from lightning_compress.core.schedule import Schedule
 from lightning_compress.core.select import Select
+from lightning_compress.core.targets import Target
 from lightning_compress.models import CifarResNet
 from lightning_compress.pruning.callbacks import IterativePruning
 from lightning_compress.pruning.fitting import fit_targets, following_norms, rank_groups
 from lightning_compress.pruning.granularity import Granularity, Layout, parse_granularity, to_units
 from lightning_compress.pruning.rules import Rule
 from lightning_compress.pruning.scores import find_score
-from lightning_compress.pruning.targets import Target
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from lightning_compress.core.compress import compress
 from lightning_compress.core.errors import ConfigurationError, SelectionError
 from lightning_compress.core.schedule import Schedule
 from lightning_compress.core.select import Select
+from lightning_compress.core.targets import find_targets, weight_names
 from lightning_compress.pruning.callbacks import IterativePruning
 from lightning_compress.pruning.rules import Rule, as_rules
-from lightning_compress.pruning.targets import find_targets, weight_names
 
 EVERYTHING = Select()
 

@@ -14,9 +14,11 @@ from torch.optim import Optimizer
 from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.errors import ConfigurationError, did_you_mean
 from lightning_compress.core.plan import PlanRow
+from lightning_compress.core.randomness import common_seed
 from lightning_compress.core.run import Layers
 from lightning_compress.core.schedule import Schedule, Time
 from lightning_compress.core.select import Select, Selection
+from lightning_compress.core.targets import PRUNABLE, shape_of, tied_with
 from lightning_compress.pruning.callbacks import IterativePruning
 from lightning_compress.pruning.dynamic.regrowth import (
     connection_counts,
@@ -25,10 +27,9 @@ from lightning_compress.pruning.dynamic.regrowth import (
     random_mask,
     zero_state,
 )
-from lightning_compress.pruning.held import HeldMasks, common_seed, shape_of, tied_with
+from lightning_compress.pruning.held import HeldMasks
 from lightning_compress.pruning.masks import kept
 from lightning_compress.pruning.scores import random
-from lightning_compress.pruning.targets import PRUNABLE
 
 METHODS = ("rigl", "set")
 """What makes a connection worth growing: the magnitude of its gradient, or chance."""

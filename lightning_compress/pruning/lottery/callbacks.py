@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.errors import ConfigurationError, did_you_mean
 from lightning_compress.core.plan import PlanRow
+from lightning_compress.core.randomness import common_seed
 from lightning_compress.core.run import Layers
 from lightning_compress.core.schedule import Time, parse_time
 from lightning_compress.core.select import Select, Selection
+from lightning_compress.core.targets import PRUNABLE, shape_of, tied_with
 from lightning_compress.pruning.allocation import SCOPES
 from lightning_compress.pruning.callbacks import IterativePruning
 from lightning_compress.pruning.dynamic.callbacks import DynamicSparseTraining
-from lightning_compress.pruning.held import HeldMasks, common_seed, shape_of, tied_with
+from lightning_compress.pruning.held import HeldMasks
 from lightning_compress.pruning.lottery.rewinding import (
     RewindSchedule,
     prune_remaining,
@@ -29,7 +31,6 @@ from lightning_compress.pruning.lottery.rewinding import (
     take_copy,
 )
 from lightning_compress.pruning.masks import kept
-from lightning_compress.pruning.targets import PRUNABLE
 
 RESETS = ("rewind", "none", "random")
 """What weights begin a round with: the copy, what they were trained to, or new values."""

@@ -15,11 +15,11 @@ from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.errors import ConfigurationError, SelectionError, did_you_mean
 from lightning_compress.core.paths import clean_path, get_layer, named_layers
 from lightning_compress.core.plan import PlanRow
+from lightning_compress.core.rules import build_rules
 from lightning_compress.core.run import Layers
 from lightning_compress.core.schedule import Schedule
 from lightning_compress.core.select import Select, Selection
 from lightning_compress.pruning.masks import apply_mask, pack_mask, unpack_mask
-from lightning_compress.pruning.rules import build_rules
 from lightning_compress.pruning.sparsity.groups import (
     BN_SCALE,
     GroupTarget,

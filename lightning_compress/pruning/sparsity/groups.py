@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.errors import ConfigurationError, did_you_mean
+from lightning_compress.core.targets import PRUNABLE, Target, find_targets
 from lightning_compress.pruning.fitting import following_norms
 from lightning_compress.pruning.granularity import Granularity, Layout, layout_of, misfit, parse_granularity
 from lightning_compress.pruning.sparsity.penalties import LAYER, group_norms, group_size, spread_groups
 from lightning_compress.pruning.sparsity.shortcuts import without_shortcut
-from lightning_compress.pruning.targets import PRUNABLE, Target, find_targets
 
 BN_SCALE = "bn_scale"
 """Network slimming: the scales of batch norms, each by itself."""

@@ -1,11 +1,11 @@
-"""Which tensors of a layer can be pruned, and why a tensor is left alone."""
+"""Which tensors of a layer are its weights, whose they are, and why one is left alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
@@ -30,7 +30,7 @@ PRUNABLE: tuple[type[nn.Module], ...] = (
 
 @dataclass(frozen=True)
 class Target:
-    """A weight tensor that can be pruned.
+    """A weight tensor whose values can be held in place.
 
     Args:
         layer: Path of the layer.
@@ -72,15 +72,18 @@ def weight_names(layer: nn.Module) -> tuple[str, ...]:
     return ("weight",)
 
 
-def find_targets(root: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[list[Target], dict[str, str]]:
-    """Return the prunable tensors of the selected layers, and why others of theirs are left alone.
+def find_targets(
+    root: nn.Module, layers: Mapping[str, nn.Module], done: str = "pruned"
+) -> tuple[list[Target], dict[str, str]]:
+    """Return the weight tensors of the selected layers, and why others of theirs are left alone.
 
     A tensor that is shared with a module outside the selection (an embedding tied to a decoder) is left alone; one
-    shared within it is pruned once.
+    shared within it is a target once.
 
     Args:
         root: The whole model, to see what is shared.
         layers: The selected layers by path.
+        done: What will be done to them, for the reasons.
 
     Returns:
         The targets, and a reason by tensor path.
@@ -101,14 +104,14 @@ def find_targets(root: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[list
         for name in weight_names(layer):
             key, weight = f"{path}.{name}", own.get(name)
             if weight is None:
-                left[key] = "kept: not a plain parameter (parametrized or normalised), so zeros could not be held"
+                left[key] = "kept: not a plain parameter (parametrized or normalised), so its values could not be held"
                 continue
             if is_lazy(weight):
                 raise ConfigurationError(
                     f"{key!r} has no shape yet (a lazy layer); run one batch through the model first"
                 )
             if id(weight) in targets:
-                left[key] = f"pruned as {targets[id(weight)].key}, with which it is tied"
+                left[key] = f"{done} as {targets[id(weight)].key}, with which it is tied"
                 continue
             others = [other for other, _ in owners[id(weight)] if other != key]
             foreign = [other for other, inside in owners[id(weight)] if not inside]
@@ -117,3 +120,22 @@ def find_targets(root: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[list
                 continue
             targets[id(weight)] = Target(path, name, tuple(others))
     return list(targets.values()), left
+
+
+def shape_of(weight: Tensor) -> str:
+    """Return a shape as text for a plan.
+
+    >>> shape_of(nn.Linear(2, 4).weight)
+    '4x2'
+    """
+    return "x".join(map(str, weight.shape))
+
+
+def tied_with(targets: Iterable[Target], key: str) -> str:
+    """Return ``", tied with ..."`` for a weight that has other paths, else nothing.
+
+    >>> tied_with([Target("decode", "weight", ("embed.weight",))], "decode.weight")
+    ', tied with embed.weight'
+    """
+    names = next((target.tied for target in targets if target.key == key), ())
+    return f", tied with {', '.join(names)}" if names else ""
