@@ -178,10 +178,10 @@ def _kept(tensor: torch.Tensor, name: str, dims: Mapping[str, Any]) -> torch.Ten
             )
         index = expand_ranges(ranges)
         value = value.index_select(int(dim), torch.tensor(index, device=value.device))
-    return value.clone(memory_format=_layout_of(tensor))
+    return value.clone(memory_format=layout_of(tensor))
 
 
-def _layout_of(tensor: torch.Tensor) -> torch.memory_format:
+def layout_of(tensor: torch.Tensor) -> torch.memory_format:
     """Return the memory layout of a tensor, which picking indices would lose: channels last, or plain."""
     layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
     last = layouts.get(tensor.dim())

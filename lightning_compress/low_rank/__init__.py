@@ -1,0 +1,1 @@
+"""Low-rank factorization: layers as products of smaller ones."""

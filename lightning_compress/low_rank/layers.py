@@ -1,0 +1,134 @@
+"""The module that stands in for a factorized layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.low_rank.matrix import as_float
+from lightning_compress.low_rank.merging import NORMS, absorb, affine_of, multiply
+from lightning_compress.low_rank.methods import Ranks, method_named
+from lightning_compress.low_rank.shapes import LayerShape, own_tensors, shape_of, weight_of
+
+
+class Factorized(nn.Module):
+    """A layer as a sequence of smaller ones, all of them ordinary torch layers.
+
+    ``factors`` holds them in the order in which they run, with batch norm between them if asked for. They can be
+    pruned, quantized, distilled or factorized again; :meth:`to_dense` multiplies them out.
+
+    Args:
+        shape: Of the layer it stands for.
+        method: Name of the method.
+        ranks: Channels between the factors, over all groups.
+        batch_norm: Whether a batch norm follows each factor but the last.
+        device, dtype: Of the parameters.
+
+    >>> layer = Factorized(LayerShape("conv", 4, 8, (3, 3), (1, 1), (1, 1), (1, 1), (0, 0)), "spatial_svd", (5,))
+    >>> [tuple(factor.weight.shape) for factor in layer.factors], layer(torch.zeros(1, 4, 6, 6)).shape
+    ([(5, 4, 3, 1), (8, 5, 1, 3)], torch.Size([1, 8, 6, 6]))
+    """
+
+    def __init__(
+        self,
+        shape: LayerShape,
+        method: str,
+        ranks: Sequence[int],
+        batch_norm: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape, self.method, self.ranks, self.batch_norm = shape, method, tuple(ranks), batch_norm
+        parts: list[nn.Module] = []
+        for part in factor_shapes(shape, method, self.ranks, batch_norm):
+            if parts and batch_norm:
+                parts.append(NORMS[len(shape.kernel) - 1](part.inputs, device=device, dtype=dtype))
+            parts.append(part.build(device, dtype))
+        self.factors = nn.Sequential(*parts)
+
+    @classmethod
+    def of_parts(cls, shape: LayerShape, method: str, ranks: Ranks, parts: Sequence[nn.Module]) -> Factorized:
+        """Return a factorized layer that consists of the given factors, without batch norm."""
+        module = cls(shape, method, ranks, device="meta")
+        module.factors = nn.Sequential(*parts)
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the factors one after the other."""
+        output: Tensor = self.factors(x)
+        return output
+
+    def extra_repr(self) -> str:
+        """Return method and ranks."""
+        return f"{self.method}, ranks={list(self.ranks)}"
+
+    def config(self) -> dict[str, Any]:
+        """Return the JSON-able arguments of the ``low_rank`` edit that builds this structure from the layer."""
+        return {"method": self.method, "ranks": list(self.ranks), "batch_norm": self.batch_norm}
+
+    def layers(self) -> list[nn.Module]:
+        """Return the factors, without the batch norm between them."""
+        return [part for part in self.factors if not isinstance(part, NORMS)]
+
+    def norms(self) -> list[nn.Module]:
+        """Return the batch norms between the factors, if any."""
+        return [part for part in self.factors if isinstance(part, NORMS)]
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Module:
+        """Return one layer that computes the same in evaluation mode, with the bias Parameter of this one.
+
+        What became of the factors meanwhile counts: channels that were cut, factors that were factorized again. A
+        batch norm between factors makes a new bias.
+
+        Raises:
+            ConfigurationError: If a factor has no weight to multiply with (it was quantized); says why.
+        """
+        layers = [layer.to_dense() if isinstance(layer, Factorized) else layer for layer in self.layers()]
+        shapes = [shape_of(layer) for layer in layers]
+        weight, bias = own_tensors(layers[0])["weight"], own_tensors(layers[-1]).get("bias")
+        factors = [as_float(own_tensors(layer)["weight"]) for layer in layers]
+        norms = [affine_of(norm) for norm in self.norms()]
+        if norms:
+            factors, shift = absorb(factors, shapes, norms)
+            moved = shift if bias is None else shift + bias
+            bias = nn.Parameter(moved.to(weight.dtype), requires_grad=weight.requires_grad)
+        whole = replace(self.shape, inputs=shapes[0].inputs, outputs=shapes[-1].outputs, bias=bias is not None)
+        dense = whole.build("meta")
+        value = weight_of(multiply(self.method, factors, shapes), whole).to(weight.dtype).contiguous()
+        dense.weight = nn.Parameter(value, requires_grad=weight.requires_grad)
+        if bias is not None:
+            dense.bias = bias
+        return dense.train(self.training)
+
+
+def factor_shapes(shape: LayerShape, method: str, ranks: Ranks, batch_norm: bool = False) -> tuple[LayerShape, ...]:
+    """Return the shapes of the factors, in the order in which they run.
+
+    With batch norm between them the first factor does all the padding: the shift of the norm then reaches every
+    position alike, so that it can be folded away exactly.
+    """
+    factors = method_named(method).factors(shape, ranks)
+    if not batch_norm:
+        return factors
+    padding = tuple(span // 2 for span in _spans(shape)) if isinstance(shape.padding, str) else shape.padding
+    none = (0,) * len(shape.kernel)
+    return (replace(factors[0], padding=padding), *(replace(factor, padding=none) for factor in factors[1:]))
+
+
+def norm_reason(shape: LayerShape) -> str:
+    """Return why there cannot be a batch norm between the factors of a layer, or nothing."""
+    if shape.kind != "conv":
+        return f"`batch_norm` is for convolutions, not for {shape.kind} layers: leave it out"
+    if shape.padding == "same" and any(span % 2 for span in _spans(shape)):
+        return "`batch_norm` cannot follow 'same' padding of an even kernel, which differs between the two sides"
+    return ""
+
+
+def _spans(shape: LayerShape) -> list[int]:
+    return [d * (k - 1) for k, d in zip(shape.kernel, shape.dilation, strict=True)]
