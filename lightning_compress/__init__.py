@@ -42,12 +42,14 @@ from lightning_compress.pruning.structured import (
     coupled_groups,
     recalibrate_batch_norm,
 )
+from lightning_compress.quantization.binary.callbacks import Binarization, Ternarization
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ArtifactError",
     "ArtifactInfo",
+    "Binarization",
     "CompressionCallback",
     "CompressionError",
     "CompressionReport",
@@ -73,6 +75,7 @@ __all__ = [
     "SparsityRegularization",
     "StrengthRule",
     "StructuredPruning",
+    "Ternarization",
     "ZeroChannelRemoval",
     "apply",
     "compress",

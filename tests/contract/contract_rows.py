@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_compress import (
+    Binarization,
     CompressionCallback,
     Distillation,
     DistillationModule,
@@ -29,6 +30,7 @@ from lightning_compress import (
     Select,
     SparsityRegularization,
     StructuredPruning,
+    Ternarization,
     ZeroChannelRemoval,
     register_kind,
 )
@@ -285,6 +287,7 @@ def _sparsity(strength: float, *arguments: Any, **more: Any) -> Callable[[], Com
 
 
 _HIDDEN = ("net.layers.1", "net.layers.3")
+_MIDDLE = ("net.depthwise", "net.grouped")
 _CONV3D = Select(types=("Conv3d",))
 _NOTHING = lambda: IterativePruning(0.5, Select(types=("Conv3d",)))  # noqa: E731
 
@@ -397,6 +400,23 @@ ROWS = (
         "compress/channels",
         finalized=tuple(("slice", path) for path in _HIDDEN),
         nothing=lambda: ZeroChannelRemoval(_CONV3D),
+    ),
+    *(
+        Row(
+            f"binary_{name}",
+            build,
+            net,
+            "compress/strength",
+            tuple((verb, path) for verb in ("replace", "parametrize")[-verbs:] for path in paths),
+            tuple(("bake", path) for path in paths),
+            nothing=lambda: Ternarization(select=_CONV3D),
+        )
+        for name, net, verbs, paths, build in (
+            ("connect", "Mixed", 1, _MIDDLE, lambda: Binarization(stochastic=True)),
+            ("xnor", "Mixed", 2, _MIDDLE, lambda: Binarization("xnor")),
+            ("loss_aware", "MLP", 1, _HIDDEN[1:], lambda: Binarization("loss_aware")),
+            ("ternary", "Mixed", 1, _MIDDLE, lambda: Ternarization(schedule=Schedule(1.0, end="60%", shape="linear"))),
+        )
     ),
     Row(
         "pruning_distilled",
