@@ -42,6 +42,7 @@ from lightning_compress.pruning.structured import (
     coupled_groups,
     recalibrate_batch_norm,
 )
+from lightning_compress.quantization import QuantizerSpec
 from lightning_compress.quantization.binary.callbacks import Binarization, Ternarization
 
 __version__ = "0.1.0"
@@ -68,6 +69,7 @@ __all__ = [
     "ModelCheckpointAtTarget",
     "NeuronMerging",
     "OptimalBrainCompression",
+    "QuantizerSpec",
     "Rule",
     "Schedule",
     "Select",

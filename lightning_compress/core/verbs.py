@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,9 +25,9 @@ def register_kind(verb: str, name: str) -> Callable[[Builder], Builder]:
     """Return a decorator that makes a builder known under ``name``; a saved file can only name what is registered.
 
     A ``replace`` builder gets the module that stands there now and the edit's config as keywords, and returns the new
-    module. A ``parametrize`` builder gets the module and the config without ``tensor``, and returns the
-    parametrization. Builders must depend on the config and on shapes, dtypes and devices only, so that a replay
-    on a bare (even a ``meta``) model gives the same structure.
+    module, or the same one with another class, children or hooks. A ``parametrize`` builder gets the module and the
+    config without ``tensor``, and returns the parametrization. Builders must depend on the config and on shapes, dtypes
+    and devices only, so that a replay on a bare (even a ``meta``) model gives the same structure.
 
     Args:
         verb: ``"replace"`` or ``"parametrize"``.
@@ -87,9 +88,35 @@ def _builder(edit: Edit) -> Builder:
 
 
 def _replace(root: nn.Module, layer: nn.Module, edit: Edit) -> Undo:
-    new = _builder(edit)(layer, **edit.config)
+    put_back = _restorer(layer)
+    try:
+        new = _builder(edit)(layer, **edit.config)
+    except Exception:
+        put_back()
+        raise
+    if new is layer:
+        return put_back
     new.train(layer.training)
     return set_layer(root, edit.path, new)
+
+
+def _restorer(layer: nn.Module) -> Callable[[], None]:
+    """Return what undoes any change that a builder makes to the module itself: of class, children, tensors, hooks."""
+    kind = type(layer)
+    attributes = {name: copy.copy(value) if isinstance(value, dict) else value for name, value in vars(layer).items()}
+
+    def put_back() -> None:
+        layer.__class__ = kind
+        for name, value in attributes.items():
+            if isinstance(value, dict):  # hooks hold on to the mapping itself
+                vars(layer)[name].clear()
+                vars(layer)[name].update(value)
+            else:
+                vars(layer)[name] = value
+        for name in set(vars(layer)) - set(attributes):
+            del vars(layer)[name]
+
+    return put_back
 
 
 def _parametrize(root: nn.Module, layer: nn.Module, edit: Edit) -> Undo:

@@ -1,1 +1,46 @@
-"""Fewer bits for each number."""
+"""Quantization: layers that compute with few bits while they train, and what turns them into integers.
+
+The interface that other parts of this package build on, bottom up:
+
+- :mod:`~lightning_compress.quantization.affine`: pure functions. An integer q stands for (q - zero_point) * scale.
+- :class:`~lightning_compress.quantization.spec.QuantizerSpec`: bits, symmetry, granularity and range, JSON-able.
+- :class:`~lightning_compress.quantization.quantizer.Quantizer`: a module with the buffers ``scale`` and ``zero_point``,
+  ``spec``, ``bounds`` and ``axis``. ``scale, zero_point = q.affine(x)`` are the values in use (a weight's range follows
+  the weight itself, so give it), ``q.quantize(x)`` the integers, ``q.set_range(scale, zero_point)`` fixes a range.
+  The flags ``enabled``, ``observing`` and ``ready`` are plain attributes and travel in the ``state_dict``.
+- :class:`~lightning_compress.quantization.quantizer.ActivationQuantizer` notes extremes while it and its flag
+  ``observing`` are in train mode; ``update_ranges(quantizers)``, once a step or once after calibration, joins the notes
+  of all processes and sets the ranges. To calibrate a model in eval mode: ``for q in quantizers_of(model): q.train()``.
+- :func:`~lightning_compress.quantization.layers.quantize_layer` (replace kind ``quantized``, config ``weight`` and
+  ``input``): a layer becomes e.g. a ``QuantizedConv2d``, in place: the same object, Parameter and key, and the children
+  ``weight_quantizer`` and ``input_quantizer``, either of which may be ``None``.
+- :func:`~lightning_compress.quantization.outputs.quantize_output` and ``quantize_input`` (kinds ``quantized_output``,
+  ``quantized_input``, config: the spec's arguments): the same for what any module returns or gets, by a hook.
+- :mod:`~lightning_compress.quantization.calls`: what each layer computes, with a weight that is not its own.
+"""
+
+from lightning_compress.quantization.layers import QuantizedLayer, quantize_layer
+from lightning_compress.quantization.outputs import quantize_input, quantize_output
+from lightning_compress.quantization.quantizer import (
+    ActivationQuantizer,
+    Quantizer,
+    WeightQuantizer,
+    quantizers_of,
+    update_ranges,
+)
+from lightning_compress.quantization.spec import ACTIVATION, WEIGHT, QuantizerSpec
+
+__all__ = [
+    "ACTIVATION",
+    "WEIGHT",
+    "ActivationQuantizer",
+    "QuantizedLayer",
+    "Quantizer",
+    "QuantizerSpec",
+    "WeightQuantizer",
+    "quantize_input",
+    "quantize_layer",
+    "quantize_output",
+    "quantizers_of",
+    "update_ranges",
+]

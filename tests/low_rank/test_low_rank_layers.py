@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress import ConfigurationError, Edit, apply, install_hooks, journal_of, load_compressed, save_compressed
+from lightning_compress import (
+    ConfigurationError,
+    Edit,
+    apply,
+    install_hooks,
+    journal_of,
+    load_compressed,
+    save_compressed,
+)
 from lightning_compress.low_rank.decompose import cost, factorize, full_ranks, why_not
 from lightning_compress.low_rank.kinds import FOLDED_KIND, build_factorized, fold_batch_norm
 from lightning_compress.low_rank.layers import Factorized
