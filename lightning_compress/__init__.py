@@ -44,6 +44,7 @@ from lightning_compress.pruning.structured import (
 )
 from lightning_compress.quantization import QuantizerSpec
 from lightning_compress.quantization.binary.callbacks import Binarization, Ternarization
+from lightning_compress.quantization.fixed_point.callbacks import FixedPointTraining
 
 __version__ = "0.1.0"
 
@@ -62,6 +63,7 @@ __all__ = [
     "Edit",
     "ExactResume",
     "FisherPruning",
+    "FixedPointTraining",
     "IterativePruning",
     "Journal",
     "JournalMismatchError",

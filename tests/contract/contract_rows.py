@@ -21,6 +21,7 @@ from lightning_compress import (
     DynamicSparseTraining,
     Edit,
     FisherPruning,
+    FixedPointTraining,
     IterativePruning,
     LotteryTicket,
     NeuronMerging,
@@ -417,6 +418,21 @@ ROWS = (
             ("loss_aware", "MLP", 1, _HIDDEN[1:], lambda: Binarization("loss_aware")),
             ("ternary", "Mixed", 1, _MIDDLE, lambda: Ternarization(schedule=Schedule(1.0, end="60%", shape="linear"))),
         )
+    ),
+    Row(
+        "fixed_point",
+        lambda: FixedPointTraining([3, 9], [5, 9], [2, 12]),
+        "Mixed",
+        "compress/saturated",
+        tuple(("replace", f"net.{name}") for name in ("stem", "depthwise", "grouped", "head")),
+        nothing=lambda: FixedPointTraining(select=_CONV3D),
+    ),
+    Row(
+        "fixed_point_weights",
+        lambda: FixedPointTraining([3, 9], None, None),
+        "Sequences",
+        "compress/saturated",
+        nothing=lambda: FixedPointTraining(select=_CONV3D),
     ),
     Row(
         "pruning_distilled",

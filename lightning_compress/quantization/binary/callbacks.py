@@ -112,7 +112,7 @@ class FewLevelsCallback(CompressionCallback):
         """Return the ``strength`` of the few values, and the share of real weights ``beyond_one``."""
         weights = [_real(layer) for layer in layers.values()]
         beyond = sum(int((weight.abs() >= 1).sum()) for weight in weights)
-        strength = max(float(cast(Tensor, few.amount)) for layer in layers.values() if (few := _few(layer)) is not None)
+        strength = max(float(few.amount) for layer in layers.values() if (few := _few(layer)) is not None)
         return {"strength": strength, "beyond_one": beyond / sum(weight.numel() for weight in weights)}
 
 

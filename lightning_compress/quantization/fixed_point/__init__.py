@@ -1,0 +1,1 @@
+"""Training in fixed point, with nearest and with stochastic rounding."""
