@@ -21,12 +21,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_compress.coding.packing import NATIVE_DTYPES, PACKINGS, ROLES, Packed
+from lightning_compress.coding.packing import NATIVE_DTYPES, PACKINGS, ROLES, Packed, bits_by_role
 from lightning_compress.coding.state import ALIAS, source
 from lightning_compress.core.errors import ArtifactError, ConfigurationError
 
 FORMAT = "lightning-compress"
-VERSION = 1
+VERSION = 2
+"""Highest that can be read. A file has the lowest that holds its packings: 1 for the simple ones, 2 for codes."""
+
 MAX_HEADER_BYTES = 64 * 2**20
 """A header beyond this is refused unread; a thousand tensors take about 0.3 MiB."""
 
@@ -54,9 +56,8 @@ class Container:
         """Return bits by role; they add up to eight times the file's size, for the header counts as ``other``."""
         total = dict.fromkeys(ROLES, 0)
         for packed in self.tensors.values():
-            if packed.packing != ALIAS:
-                for role, bits in packed.bits().items():
-                    total[role] += bits
+            for role, bits in bits_by_role(packed).items():
+                total[role] += bits
         total["other"] += 8 * self.file_bytes - sum(total.values())
         return total
 
@@ -126,7 +127,8 @@ def read_container(path: str | Path) -> Container:
 
 def _header(parts: Mapping[str, Tensor], tensors: Mapping[str, Packed], metadata: Mapping[str, Any]) -> bytes:
     own = {"tensors": {key: [packed.packing, dict(packed.config)] for key, packed in tensors.items()}}
-    text = {"sha256": _NO_DIGEST, "format": FORMAT, "version": str(VERSION)}
+    version = max((PACKINGS[packed.packing].since for packed in tensors.values() if packed.packing != ALIAS), default=1)
+    text = {"sha256": _NO_DIGEST, "format": FORMAT, "version": str(version)}
     if taken := sorted(metadata.keys() & {*text, *own}):
         raise ConfigurationError(f"`metadata` must not have the entries {taken}, which the format itself writes")
     try:
@@ -239,11 +241,13 @@ def _entries(path: Path, table: Any, parts: Mapping[str, Tensor]) -> dict[str, P
 
 
 def _check_entries(path: Path, entries: Mapping[str, Packed]) -> None:
-    """Refuse aliases of nothing, and shapes and types that are none."""
+    """Refuse aliases of nothing, shapes and types that are none, and parts that contradict what they declare."""
     try:
-        for key in entries:
+        for key, entry in entries.items():
             held = entries[source(entries, key)]
             math.prod(held.shape) * held.dtype.itemsize
+            if entry is held:
+                _ = bits_by_role(entry)
     except ArtifactError as error:
         raise _refused(path, str(error), "create the file again") from error
 

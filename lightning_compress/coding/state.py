@@ -7,23 +7,30 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lightning_compress.coding.packing import Packed, is_plain, pack, unpack
+from lightning_compress.coding.stream import coders
 from lightning_compress.core.errors import ArtifactError, ConfigurationError, did_you_mean
 
 ALIAS = "alias"
 """Packing of a tensor that another key holds; its config is ``{"of": key}`` and it has no parts."""
 
 
-def pack_state(state: Mapping[str, Tensor]) -> dict[str, Packed]:
+def pack_state(state: Mapping[str, Tensor], coding: str = "auto") -> dict[str, Packed]:
     """Pack every tensor; a key that shows the same memory as an earlier one becomes an alias.
+
+    Args:
+        state: Tensors by key.
+        coding: Which entropy coders may be used, as in :func:`~.packing.pack`.
 
     Raises:
         ConfigurationError: For an entry that is no tensor, or one that :func:`~.packing.pack` refuses; names the key.
+            For a ``coding`` that is none.
 
     >>> import torch
     >>> weight = torch.ones(3, 2)
     >>> [packed.packing for packed in pack_state({"encoder": weight, "decoder": weight}).values()]
     ['dense', 'alias']
     """
+    coders(coding)  # refused before the first tensor, which would be named in the error
     packed: dict[str, Packed] = {}
     first: dict[tuple[object, ...], str] = {}
     for key, value in state.items():
@@ -37,7 +44,7 @@ def pack_state(state: Mapping[str, Tensor]) -> dict[str, Packed]:
             packed[key] = Packed(ALIAS, {}, {"of": first[memory]})
             continue
         try:
-            packed[key] = pack(value)
+            packed[key] = pack(value, coding)
         except ConfigurationError as error:
             raise ConfigurationError(f"the state_dict entry {key!r}: {error}") from error
         if memory is not None:

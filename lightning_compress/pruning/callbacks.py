@@ -48,7 +48,7 @@ class IterativePruning(CompressionCallback):
     checkpoint, and are averaged over processes. Layers that a score or a granularity does not fit (2:4 over 3 inputs,
     ``bn_scale`` without a batch norm behind it) are kept, and the plan says why.
 
-    It makes the file smaller (``save_compressed`` stores zeros as a bitmap) but, on dense kernels, nothing faster:
+    It makes the file smaller (``save_compressed`` codes where the weights are) but, on dense kernels, nothing faster:
     whole filters are zeroed, not cut out.
 
     Runs on: any device, ``ddp``; refuses sharded strategies. Put it after ``WeightAveraging`` or

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_compress.coding.packing import PACKINGS, Packed, pack, unpack
+from lightning_compress.coding.packing import PACKINGS, Packed, bits_by_role, pack, unpack
 from lightning_compress.coding.state import pack_state, unpack_state
 from lightning_compress.core.errors import ArtifactError, ConfigurationError
 
@@ -58,7 +58,7 @@ def test_bitmap_by_hand():
     assert packed.parts["bitmap"].tolist() == [0b01010000, 0b10000000]  # 010 100 00|1: -0.0 has its sign bit set
     assert packed.parts["values"].tolist() == [1.5, -0.0, 2.0]
     assert packed.config == {"shape": [3, 3]}
-    assert packed.bits() == {"values": 3 * 32, "indices": 16, "codebooks": 0, "other": 0}
+    assert bits_by_role(packed) == {"values": 3 * 32, "indices": 16, "codebooks": 0, "other": 0}
 
 
 def test_special_values_survive():
@@ -72,12 +72,19 @@ def test_special_values_survive():
 
 
 @pytest.mark.parametrize(
-    ("density", "expected"), [(0.1, "bitmap"), (0.9, "bitmap"), (1.0, "dense")]
-)  # bitmap: 1/32 + density of the dense size
-def test_the_smallest_is_taken(density: float, expected: str):
-    tensor = torch.ones(100, 100)
-    tensor.view(-1)[: round((1 - density) * 10_000)] = 0
-    assert pack(tensor).packing == expected
+    ("density", "values", "expected"),
+    [(0.1, 0, "sparse"), (0.5, 0, "sparse"), (1.0, 0, "planes"), (1.0, 16, "palette"), (0.8, 3, "palette")],
+)
+def test_the_smallest_is_taken(density: float, values: int, expected: str):
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.randn(300, 100, generator=generator)
+    if values:
+        tensor = torch.randint(1, values + 1, (300, 100), generator=generator) * 0.37
+    tensor *= torch.rand(300, 100, generator=generator) < density
+    packed = pack(tensor + 0.0)  # -0.0 becomes 0.0
+    assert packed.packing == expected
+    others = [other for packing in PACKINGS.values() if (other := packing.encode(tensor + 0.0)) is not None]
+    assert packed.disk_bytes() <= min(other.disk_bytes() for other in others) + 8
 
 
 def test_masked_weights_keep_the_signs_of_their_zeros():
@@ -98,17 +105,22 @@ def test_zeros_of_both_signs_cost_two_bits(dtype: torch.dtype):
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(300, 100, generator=generator)
     masked = (dense * (torch.rand(300, 100, generator=generator) < 0.1)).to(dtype)
-    packed = pack(masked)
-    assert packed.packing == ("bitmap" if dtype == torch.float8_e4m3fnuz else "signed_bitmap")  # it has no -0.0
+    packed, signed = pack(masked), PACKINGS["signed_bitmap"].encode(masked)
+    assert packed.packing == "sparse"
     assert raw(unpack(packed)) == raw(masked)
     count = int((masked.float() != 0).sum())
-    assert sum(packed.bits().values()) <= 30_000 + (30_000 - count + 7) + count * 8 * dtype.itemsize
+    assert (signed is None) == (dtype == torch.float8_e4m3fnuz)  # it has no -0.0
+    if signed is not None:
+        bits = sum(bits_by_role(signed).values())
+        assert bits <= 30_000 + (30_000 - count + 7) + count * 8 * dtype.itemsize
+        assert raw(unpack(signed)) == raw(masked)
+        assert sum(bits_by_role(packed).values()) < 0.85 * bits
 
 
 def test_headers_count_for_small_tensors():
     assert pack(torch.zeros(8)).packing == "dense"  # 32 bytes saved are fewer than a second header entry takes
-    assert pack(torch.zeros(8000)).packing == "bitmap"
-    assert pack(torch.zeros(4000, dtype=torch.bool)).packing == "bits"
+    assert pack(torch.zeros(8000)).packing == "palette"
+    assert pack(torch.rand(4000) < 0.5).packing == "bits"
 
 
 def test_views_are_packed_as_seen():

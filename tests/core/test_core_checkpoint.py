@@ -104,7 +104,8 @@ def test_ties_stay_and_cost_once(tmp_path: Path):
         "packing": "alias", "dtype": "float32", "shape": [50, 8],
         "bits": {"values": 0, "indices": 0, "codebooks": 0, "other": 0},
     }  # fmt: skip
-    assert info.encoded_bits["values"] == 32 * sum(parameter.numel() for parameter in model.parameters())
+    stored = info.encoded_bits["values"] + info.encoded_bits["codebooks"]
+    assert stored < 0.9 * 32 * sum(parameter.numel() for parameter in model.parameters())
     bare = load_compressed(Tied(), tmp_path / "tied")
     assert bare.decode.weight is bare.embed.weight
     tokens = torch.arange(10).reshape(2, 5)
