@@ -64,24 +64,24 @@ def check_answer(terms: Mapping[str, Term], output: Tensor, answer: Answer, name
     theirs = answer.output
     compared = [(key, term.loss) for key, term in terms.items() if term.loss.on == "output" and term.loss.uses_teacher]
     for key, loss in compared if shapes else ():
-        if not _fit(loss, output.shape, theirs.shape):
+        reason = _misfit(loss, output.shape, theirs.shape)
+        if reason:
             raise ConfigurationError(
                 f"`teacher`: {name} returned {tuple(theirs.shape)} and the student {tuple(output.shape)}, which "
-                f"losses.{key} ({type(loss).__name__}) cannot compare; give a teacher with the student's outputs, name "
-                "the parts to compare with `student_output` and ModuleTeacher(module, output=...), or compare layers "
-                "with a loss on features"
+                f"losses.{key} ({type(loss).__name__}) cannot compare: {reason}. Or name the parts to compare with "
+                "`student_output` and ModuleTeacher(module, output=...), or compare layers with a loss on features"
             )
     if compared:
         check_finite(theirs, f"the output of {name}")
     check_finite(answer.features, f"a layer of {name}")
 
 
-def _fit(loss: DistillationLoss, ours: torch.Size, theirs: torch.Size) -> bool:
+def _misfit(loss: DistillationLoss, ours: torch.Size, theirs: torch.Size) -> str:
     try:
         loss.adapt([ours], [theirs])
-    except ConfigurationError:
-        return False
-    return ours[:1] == theirs[:1]
+    except ConfigurationError as error:
+        return str(error)
+    return "" if ours[:1] == theirs[:1] else "they are of different batches"
 
 
 def first_answer(teacher: Teacher, question: Question) -> Answer | None:

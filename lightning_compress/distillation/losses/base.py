@@ -30,6 +30,7 @@ class DistillationLoss(nn.Module, ABC):
     - ``on``: ``"output"`` compares what the two models return, ``"features"`` what taps inside them see.
     - ``uses_teacher``: ``False`` if the students teach themselves or each other; ``teacher`` is then not looked at.
     - ``least_pairs``, ``most_pairs``: how many pairs it takes; no bound if ``most_pairs`` is ``None``.
+    - ``class_dim``: where the classes lie in an output.
     - ``seed``: adapters depend on it and on the shapes only; global random states are not touched.
 
     Weights and their schedules are the wrapper's. Several pairs are summed, as the papers do. Nothing flows back into
@@ -52,6 +53,7 @@ class DistillationLoss(nn.Module, ABC):
     uses_teacher: ClassVar[bool] = True
     least_pairs: ClassVar[int] = 1
     most_pairs: ClassVar[int | None] = None
+    class_dim: int = 1
     seed: int = 0
 
     @abstractmethod
@@ -133,6 +135,19 @@ class DistillationLoss(nn.Module, ABC):
                 "give one or more, as many on each side"
             )
         return torch.stack([function(one, other) for one, other in zip(ours, theirs, strict=True)]).sum()
+
+
+def check_classes(shape: torch.Size, class_dim: int, where: str) -> None:
+    """Refuse scores whose softmax says nothing: without a dimension of classes, or of one class only.
+
+    Raises:
+        ConfigurationError: With the shape.
+    """
+    if not -len(shape) <= class_dim < len(shape) or shape[class_dim] < 2:
+        raise ConfigurationError(
+            f"{where}: soft targets need scores of two classes or more in dimension {class_dim}, got {tuple(shape)}; "
+            "use MultiLabelDistillation for yes-or-no outputs and RegressionDistillation for numbers"
+        )
 
 
 def check_maps(student: torch.Size, teacher: torch.Size, where: str, resize: bool = True) -> None:

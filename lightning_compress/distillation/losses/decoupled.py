@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.distillation.adapters import Features
-from lightning_compress.distillation.losses.base import DistillationLoss
+from lightning_compress.distillation.losses.base import DistillationLoss, Pair, check_classes
 from lightning_compress.distillation.losses.numeric import (
     check_integer,
     check_range,
@@ -137,6 +137,11 @@ class DecoupledDistillation(DistillationLoss):
         check_range("beta", beta, 0)
         check_integer("ignore_index", ignore_index)
         self.alpha, self.beta, self.ignore_index = alpha, beta, ignore_index
+
+    def pair(self, student: torch.Size, teacher: torch.Size, where: str) -> Pair:
+        """Return no module; shapes must be equal past the batch, with two classes or more."""
+        check_classes(student, 1, where)
+        return super().pair(student, teacher, where)
 
     def forward(self, student: Features, teacher: Features, target: Tensor | None, temperature: float) -> Tensor:
         """Return the loss, see :class:`DistillationLoss`."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.distillation.adapters import Features, resize_like
-from lightning_compress.distillation.losses.base import DistillationLoss, Pair, check_maps
+from lightning_compress.distillation.losses.base import DistillationLoss, Pair, check_classes, check_maps
 from lightning_compress.distillation.losses.numeric import (
     check_integer,
     check_range,
@@ -188,7 +188,8 @@ class KnowledgeDistillation(DistillationLoss):
         self.ignore_index = ignore_index
 
     def pair(self, student: torch.Size, teacher: torch.Size, where: str) -> Pair:
-        """Return no module; maps of another height and width are resized to the teacher's, see the base class."""
+        """Return no module; maps of another height and width are resized to the teacher's; one class is refused."""
+        check_classes(student, self.class_dim, where)
         check_maps(student, teacher, where, resize=self.class_dim == 1)
         return None, None
 
