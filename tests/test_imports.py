@@ -23,6 +23,7 @@ LIGHTNING_FILES = {
     "core/checks.py",
     "core/clock.py",
     "distillation/module.py",
+    "distillation/moments.py",
     "distillation/steps.py",
     "evaluation/metrics.py",
     "stages.py",

@@ -17,6 +17,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.isolation import same_randomness
 
+NESTED = "inside other batches; give the Trainer the loader of `cached_loader` itself"
+"""Why stored outputs cannot be taken off a mapping or list of batches."""
+
 PROBES = 16
 """Samples that are read twice before anything is written or trained."""
 
@@ -53,6 +56,21 @@ def take_cached(batch: Any) -> tuple[Any, Tensor | None]:
     ('images and labels', None)
     """
     return (batch.training_batch, batch.outputs) if isinstance(batch, CachedBatch) else (batch, None)
+
+
+def refuse_cached(batch: Any, why: str) -> None:
+    """Refuse stored outputs where nobody takes them off a batch.
+
+    Args:
+        batch: A batch, or a mapping or list of batches.
+        why: What cannot be done, and the next step.
+
+    Raises:
+        ConfigurationError: If there are any.
+    """
+    inner = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
+    if isinstance(batch, CachedBatch) or any(isinstance(part, CachedBatch) for part in inner):
+        raise ConfigurationError(f"the training batches bring stored outputs of a teacher, but {why}")
 
 
 def input_checksum(sample: Any) -> int:
@@ -222,6 +240,8 @@ def cached_loader(loader: DataLoader[Any], cache: Outputs) -> DataLoader[Any]:
         with same_randomness():
             paired[index]
     twin = copy.copy(loader)
+    for name in [name for name in vars(twin) if name.startswith("__")]:
+        del vars(twin)[name]  # what a Trainer noted of the original's construction, to build one like it
     vars(twin)["dataset"] = paired  # a DataLoader refuses to have it assigned, as another sampler may belong to it
     twin.collate_fn = CachedCollate(loader.collate_fn)
     return twin

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_compress.core.callback import CompressionCallback
-from lightning_compress.core.clock import UpdateClock, callbacks_of, horizon_of
+from lightning_compress.core.clock import UpdateClock, callbacks_of
 from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.distillation.cached_data import refuse_cached
 from lightning_compress.distillation.engine import Distiller
-from lightning_compress.distillation.fit import (
-    dtype_of,
-    example_of,
-    join_optimizer,
-    lacking,
-    reduce_gradients,
-    share_values,
-)
+from lightning_compress.distillation.fit import lacking, reduce_gradients
 from lightning_compress.distillation.injection import Injector
 from lightning_compress.distillation.losses import KnowledgeDistillation
+from lightning_compress.distillation.moments import (
+    after_optimizers,
+    before_first_batch,
+    before_optimizers,
+    count_update,
+    started_clock,
+)
 from lightning_compress.distillation.schedule import Value
-from lightning_compress.distillation.steps import examine
 from lightning_compress.distillation.taps import Record
-from lightning_compress.distillation.teachers import BASELINE, TeacherLike
+from lightning_compress.distillation.teachers import BASELINE, TeacherLike, reads_batches
 from lightning_compress.distillation.terms import Losses
 
 
@@ -96,6 +93,11 @@ class Distillation(Callback):
     ) -> None:
         given = KnowledgeDistillation() if losses is None else losses
         self.distiller = Distiller(teacher, given, temperature, task_weight, student_output, target)
+        if reads_batches(teacher):
+            raise ConfigurationError(
+                "`teacher` reads stored outputs out of the batches, which a callback cannot take apart; use "
+                "DistillationModule(student, teacher)"
+            )
         self.name = name
         self.teacher = teacher
         self.baseline: nn.Module | None = None
@@ -122,32 +124,23 @@ class Distillation(Callback):
                 f"`callbacks` has {type(early[0]).__name__} before Distillation(teacher='baseline'), so the baseline "
                 "would be edited already; put Distillation before it"
             )
-        if is_overridden("configure_model", pl_module):
-            pl_module.configure_model()
-        self.distiller.begin(pl_module, trainer.global_step)
-        self.distiller.take_teacher(pl_module, self.baseline)
-        self.distiller.prepare(pl_module, lambda: example_of(pl_module, _loaders(trainer, pl_module)))
+        before_optimizers(self.distiller, trainer, pl_module, self.baseline)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move what is not the student's own, and let an optimizer train what is learnt."""
-        self.distiller.to(pl_module.device, dtype_of(pl_module))
-        share_values(self.distiller.modules())
-        join_optimizer(trainer.optimizers, self.distiller.parameters())
+        after_optimizers(self.distiller, trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve ramps against the run."""
-        self.distiller.resolve(horizon_of(trainer), clamp=bool(getattr(trainer, "fast_dev_run", False)))
-        self._clock = UpdateClock(self.distiller.updates)
-        self._clock.start(trainer)
-        examine(self.distiller, trainer, pl_module)
-        self.plan_text = self.distiller.plan(self.state_key)
-        rank_zero_info(self.plan_text)
+        self._clock = started_clock(self.distiller, trainer)
+        self.plan_text = before_first_batch(self.distiller, trainer, pl_module, self.state_key)
 
     # ------------------------------------------------------------------ while training
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin to watch the student."""
         self._close()
+        refuse_cached(batch, "the callback cannot take a batch apart; use DistillationModule")
         self._live = _Batch(self.distiller, pl_module, batch, batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -155,6 +148,7 @@ class Distillation(Callback):
         live = self._live
         if live is None:
             return
+        self.distiller.heard = True
         if not live.record[self.distiller.student_output] and not pl_module.automatic_optimization:
             return  # a backward pass of something else
         with trainer.precision_plugin.train_step_context(), torch.enable_grad():
@@ -181,8 +175,7 @@ class Distillation(Callback):
         if self._live is not None:
             self._live.injector.check()
         self._close()
-        self._clock.tick(trainer)
-        self.distiller.updates = self._clock.updates
+        count_update(self.distiller, self._clock, trainer, pl_module)
         if self._logged:
             prefix = f"distill/{self.name}/" if self.name else "distill/"
             values: dict[str, Any] = {prefix + name: value for name, value in self._logged.items()}
@@ -277,11 +270,6 @@ class _Batch:
 
 def _edits_before_fit(callback: Callback) -> bool:
     return isinstance(callback, CompressionCallback) and type(callback).prepare is not CompressionCallback.prepare
-
-
-def _loaders(trainer: Trainer, module: LightningModule) -> list[Callable[[], Any]]:
-    owners = (getattr(trainer, "datamodule", None), module)
-    return [o.train_dataloader for o in owners if o is not None and is_overridden("train_dataloader", o)]
 
 
 def _loss_scale(trainer: Trainer, module: LightningModule) -> float:

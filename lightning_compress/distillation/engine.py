@@ -14,7 +14,7 @@ from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.schedule import Horizon
 from lightning_compress.distillation.adapters import Adapters
 from lightning_compress.distillation.answers import check_answer, first_answer
-from lightning_compress.distillation.cached_data import take_cached
+from lightning_compress.distillation.cached_data import NESTED, refuse_cached, take_cached
 from lightning_compress.distillation.examination import (
     build_adapters,
     check_output,
@@ -71,6 +71,7 @@ class Distiller:
         self.courses: dict[int, Course] = {}
         self.updates = 0
         self.ready = False
+        self.heard = False  # whether a backward pass came by, in this fit
         self._looked = False  # at an answer of the teacher, in this fit
         self._print: str | None = None  # of the teacher, which never changes
         self._taps = Taps(())
@@ -137,6 +138,7 @@ class Distiller:
             self.teacher, self.adapters, self._print = None, {}, None
         if position == 0:
             self.updates = 0
+        self.heard = False
         self._student = weakref.ref(student)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -169,14 +171,19 @@ class Distiller:
     def split(self, batch: Any) -> tuple[Any, Any]:
         """Return the batch as the student's ``training_step`` wants it, and what the teacher needs out of it."""
         batch, stored = take_cached(batch)
+        if stored is None:
+            refuse_cached(batch, NESTED)
         own, extra = (batch, None) if self.teacher is None else self.teacher.split(batch)
         return own, extra if stored is None else Answer(stored)
 
-    def ask(self, seen: Seen, batch: Any, batch_idx: int, extra: Any, training: bool = True) -> Answer | None:
-        """Ask the teacher about one run of the student, if a loss wants to know."""
+    def ask(
+        self, seen: Seen, batch: Any, batch_idx: int, extra: Any, training: bool = True, every: bool = False
+    ) -> Answer | None:
+        """Ask the teacher about one run of the student, if a loss wants to know; ``every``: also one of weight 0."""
         layers: tuple[str, ...] = ()
         if training:
-            active = [name for name, term in self.terms.items() if term.loss.uses_teacher and self.now(term.weight) > 0]
+            taught = [name for name, term in self.terms.items() if term.loss.uses_teacher]
+            active = [name for name in taught if every or self.now(self.terms[name].weight) > 0]
             if not active:
                 return None
             layers = tuple(
@@ -224,7 +231,9 @@ class Distiller:
             return {}, 0
         output = runs[0].output
         check_answer(self.terms, output, answer, str(self.teacher), shapes=not self._looked)
-        return comparison(output, answer.output.to(output.device), find_target(batch, self.target)), output.shape[0]
+        dims = [term.loss.class_dim for term in self.terms.values() if term.loss.on == "output"]
+        target = find_target(batch, self.target)
+        return comparison(output, answer.output.to(output.device), target, *dims[:1]), output.shape[0]
 
     def objective(self, seen: Seen, answer: Answer | None, batch: Any) -> Objective:
         """Return the weighted sum of all losses for one run of the student."""

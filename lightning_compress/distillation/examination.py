@@ -80,7 +80,7 @@ def run_example(distiller: Distiller, student: nn.Module, inputs: Any) -> tuple[
         answer = None
         if distiller.teacher is not None:
             distiller.teacher.to(device)
-            answer = distiller.ask(runs[0], None, 0, None)
+            answer = distiller.ask(runs[0], None, 0, None, every=True)
     return runs[0], answer
 
 

@@ -13,6 +13,7 @@ from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.examples import example_from, own_example
 from lightning_compress.core.isolation import same_randomness
 from lightning_compress.distillation.answers import broken_rows
+from lightning_compress.distillation.losses.numeric import mean_or_zero
 
 
 def example_of(module: nn.Module, loaders: Sequence[Callable[[], Any]]) -> Any:
@@ -118,18 +119,20 @@ def lacking(name: str) -> str:
     )
 
 
-def comparison(output: Tensor, teacher: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+def comparison(output: Tensor, teacher: Tensor, target: Tensor | None, class_dim: int = 1) -> dict[str, Tensor]:
     """Return how student and teacher compare on one batch, and how good the teacher is.
 
     Args:
         output: The student's, (batch, classes, ...) or values.
         teacher: The teacher's, of the same shape.
         target: Labels (batch, ...) or values.
+        class_dim: Where the classes lie: 1, or -1 for tokens.
 
     Returns:
         ``agreement`` (share of equal classes; a row that is not finite never agrees) for scores over classes, else
         ``distance`` (mean squared difference);
-        where the target allows it the teacher's ``accuracy`` or ``mse``.
+        where the target allows it the teacher's ``accuracy`` or ``mse``. Both shares leave out positions whose label
+        is no class (255, -100).
 
     >>> scores = torch.tensor([[2.0, 1.0], [0.0, 3.0]])
     >>> comparison(scores, scores.flip(0), torch.tensor([0, 1]))
@@ -137,12 +140,16 @@ def comparison(output: Tensor, teacher: Tensor, target: Tensor | None) -> dict[s
     """
     if output.shape != teacher.shape:
         return {}
-    labels = target is not None and not target.is_floating_point() and target.shape == _without_classes(output)
-    if output.dim() >= 2 and output.shape[1] > 1 and (labels or target is None):
-        chosen = teacher.argmax(1)
-        equal = (output.argmax(1) == chosen) & ~(broken_rows(output) | broken_rows(teacher))
-        found = {"agreement": equal.float().mean()}
-        return found if target is None else {**found, "accuracy": (chosen == target.to(chosen.device)).float().mean()}
+    scores = output.dim() >= 2 and -output.dim() <= class_dim < output.dim()
+    ours, theirs = (side.movedim(class_dim, 1) if scores else side for side in (output, teacher))
+    labels = target is not None and not target.is_floating_point() and target.shape == _without_classes(ours)
+    if scores and ours.shape[1] > 1 and (labels or target is None):
+        chosen = theirs.argmax(1)
+        label = chosen if target is None else target.to(chosen.device)
+        counts = (label >= 0) & (label < ours.shape[1])
+        equal = (ours.argmax(1) == chosen) & ~(broken_rows(ours) | broken_rows(theirs))
+        found = {"agreement": mean_or_zero(equal.float(), counts)}
+        return found if target is None else {**found, "accuracy": mean_or_zero((chosen == label).float(), counts)}
     found = {"distance": (output.float() - teacher.float()).square().mean()}
     if target is not None and target.shape == teacher.shape:
         found["mse"] = (teacher.float() - target.to(teacher.device).float()).square().mean()

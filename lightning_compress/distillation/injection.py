@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_compress.core.copies import tensors_in
 from lightning_compress.core.errors import ConfigurationError
 
 Hook = Callable[[Tensor], Tensor]
+
+
+def depends_on(value: Tensor, outputs: Iterable[Any]) -> bool:
+    """Tell whether the gradient of ``value`` goes through a tensor in ``outputs``; the search begins at ``value``.
+
+    >>> x = torch.ones(2, requires_grad=True)
+    >>> y = 2 * x
+    >>> depends_on(y.sum(), [(y,)]), depends_on((3 * y.detach() * x).sum(), [(y,)])
+    (True, False)
+    """
+    wanted = {tensor.grad_fn for tensor in tensors_in(list(outputs)) if tensor.grad_fn is not None}
+    queue, known = deque([value.grad_fn] if wanted else []), set()
+    while queue:
+        node = queue.popleft()
+        if node in wanted:
+            return True
+        if node is not None and node not in known:
+            known.add(node)
+            queue.extend(following for following, _ in node.next_functions)
+    return False
 
 
 @dataclass
@@ -68,7 +91,8 @@ class Injector:
     def provide(self, total: Tensor, weight: float) -> None:
         """Compute the gradients of ``total`` with respect to the copies; they are added in the next backward pass."""
         self.weight = weight
-        total.backward()
+        if total.requires_grad:  # else every loss has weight 0 at present
+            total.backward()
 
     def check(self) -> None:
         """Forget the tensors, and refuse gradients that no backward pass has taken along.

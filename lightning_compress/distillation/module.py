@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_compress.core.clock import UpdateClock, horizon_of
+from lightning_compress.core.clock import UpdateClock
 from lightning_compress.core.errors import ConfigurationError
-from lightning_compress.core.paths import original
+from lightning_compress.distillation.cached_data import take_cached
 from lightning_compress.distillation.engine import Distiller
-from lightning_compress.distillation.faces import Fallback, blank, check_names, joint_class, lend_defaults, share
-from lightning_compress.distillation.fit import (
-    dtype_of,
-    example_of,
-    join_optimizer,
-    lacking,
-    reduce_gradients,
-    share_values,
+from lightning_compress.distillation.faces import (
+    Fallback,
+    blank,
+    check_names,
+    joint_class,
+    lend_defaults,
+    share,
 )
+from lightning_compress.distillation.fit import lacking, reduce_gradients
+from lightning_compress.distillation.injection import depends_on
 from lightning_compress.distillation.losses import KnowledgeDistillation
+from lightning_compress.distillation.moments import (
+    after_optimizers,
+    before_first_batch,
+    before_optimizers,
+    count_update,
+    started_clock,
+)
 from lightning_compress.distillation.schedule import Value
-from lightning_compress.distillation.steps import ComparedStep, SupervisedStep, call_step, examine
+from lightning_compress.distillation.steps import (
+    TRANSFERS,
+    ComparedStep,
+    OwnBatches,
+    SupervisedStep,
+    call_step,
+    check_student,
+)
 from lightning_compress.distillation.supervised import Supervised
 from lightning_compress.distillation.teachers import TeacherLike
 from lightning_compress.distillation.terms import Losses
@@ -55,8 +68,8 @@ class DistillationModule(LightningModule):
     in no checkpoint, optimizer, ``parameters()`` or DDP bucket. Adapters that losses on features need are made from one
     batch before optimizers exist, join the first group of the first optimizer, and lie in an entry of their own in
     checkpoints; exported students never had them. With manual optimization the objective is added to the first
-    ``manual_backward`` after the student ran. While validating, ``teacher/agreement`` and the teacher's accuracy (or
-    squared error) are logged beside the student's metrics.
+    ``manual_backward`` of a loss that comes from the student's output. While validating, ``teacher/agreement`` and the
+    teacher's accuracy (or squared error) are logged beside the student's metrics.
 
     The student is trained in place: ``module.student`` is the object that was given, unless that has a ``student`` of
     its own. It does not help where the teacher is no better than the student, or where the student cannot fit the task
@@ -104,7 +117,7 @@ class DistillationModule(LightningModule):
         task: Supervised | None = None,
     ) -> Self:
         """Return an object of the class that joins this one and the student's; parameters are those of `__init__`."""
-        _check_student(student)
+        check_student(student)
         front: tuple[type, ...] = (cls,)
         if not isinstance(student, LightningModule):
             check_names(student, LightningModule, _HARMLESS)
@@ -112,6 +125,8 @@ class DistillationModule(LightningModule):
             front = (cls, ComparedStep, SupervisedStep)
         elif is_overridden("validation_step", student):
             front = (cls, ComparedStep)
+        if isinstance(student, LightningModule) and any(is_overridden(name, student) for name in TRANSFERS):
+            front = (*front, OwnBatches)
         made: Self = blank(joint_class(*front, type(student)))
         share(made, student)
         return made
@@ -161,8 +176,10 @@ class DistillationModule(LightningModule):
             self._distill_pending = None
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Add what the teacher has to say about the student's runs since the last backward, then go backward."""
-        if self._distill_pending is not None and any(self._distill_pending[0][self._distill_engine.student_output]):
+        """Add what the teacher has to say to the first loss that comes from the student's output; go backward."""
+        self._distill_engine.heard = True
+        record = {} if self._distill_pending is None else self._distill_pending[0]
+        if depends_on(loss, (call.output for call in record.get(self._distill_engine.student_output, ()))):
             loss = self._with_objective(loss)
         super().manual_backward(loss, *args, **kwargs)
 
@@ -182,32 +199,27 @@ class DistillationModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Match layers, check shapes and build adapters, before optimizers exist."""
         super().setup(stage)
-        if stage != "fit":
-            return
-        if is_overridden("configure_model", self):
-            self.configure_model()
-        self._distill_engine.begin(self, self.trainer.global_step)
-        self._distill_engine.prepare(self, lambda: example_of(self, self._loaders()))
+        if stage == "fit":
+            before_optimizers(self._distill_engine, self.trainer, self)
 
     def on_fit_start(self) -> None:
         """Move what is not the student's own, and let an optimizer train what is learnt."""
         super().on_fit_start()
-        self._distill_engine.to(self.device, dtype_of(self))
-        share_values(self._distill_engine.modules())
-        join_optimizer(self.trainer.optimizers, self._distill_engine.parameters())
+        after_optimizers(self._distill_engine, self.trainer, self)
 
     def on_train_start(self) -> None:
         """Resolve ramps against the run."""
         super().on_train_start()
-        self._distill_engine.resolve(horizon_of(self.trainer), clamp=bool(getattr(self.trainer, "fast_dev_run", False)))
-        self._distill_clock = UpdateClock(self._distill_engine.updates)
-        self._distill_clock.start(self.trainer)
-        examine(self._distill_engine, self.trainer, self)
-        rank_zero_info(self._distill_engine.plan("DistillationModule"))
+        self._distill_clock = started_clock(self._distill_engine, self.trainer)
+        before_first_batch(self._distill_engine, self.trainer, self, "DistillationModule")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+        """Run the student's own hook on the student's batch."""
+        return super().on_train_batch_start(take_cached(batch)[0], batch_idx)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count updates."""
-        super().on_train_batch_end(outputs, batch, batch_idx)
+        super().on_train_batch_end(outputs, take_cached(batch)[0], batch_idx)
         self._tick()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -240,13 +252,7 @@ class DistillationModule(LightningModule):
 
     def _tick(self) -> None:
         if self._distill_engine.ready:
-            self._distill_clock.tick(self.trainer)
-            self._distill_engine.updates = self._distill_clock.updates
-
-    def _loaders(self) -> list[Callable[[], Any]]:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        owners = (datamodule, self)
-        return [o.train_dataloader for o in owners if o is not None and is_overridden("train_dataloader", o)]
+            count_update(self._distill_engine, self._distill_clock, self.trainer, self)
 
     # ------------------------------------------------------------------ copies
 
@@ -274,24 +280,3 @@ class DistillationModule(LightningModule):
 
 def _revive(*bases: type) -> Any:
     return blank(joint_class(*bases))
-
-
-def _check_student(student: Any) -> None:
-    if not isinstance(student, nn.Module):
-        raise ConfigurationError(f"`student` must be a torch.nn.Module, got {type(student).__name__}")
-    if original(student) is not student:
-        raise ConfigurationError(
-            "`student` came out of torch.compile; give the module itself and call `module.compile()` on it or on its "
-            "network, which is as fast"
-        )
-    if isinstance(student, DistillationModule):
-        raise ConfigurationError("`student` is a DistillationModule already; give several losses to one")
-    if not isinstance(student, LightningModule):
-        return
-    if not is_overridden("training_step", student):
-        raise ConfigurationError(f"`student`: {type(student).__name__} has no training_step; pass its network instead")
-    if "dataloader_iter" in inspect.signature(student.training_step).parameters:
-        raise ConfigurationError(
-            f"`student`: the training_step of {type(student).__name__} takes batches itself (`dataloader_iter`); let "
-            "it take (batch, batch_idx), so that the teacher sees the same ones"
-        )

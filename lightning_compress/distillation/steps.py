@@ -6,16 +6,19 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import Tensor
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
 
 from lightning_compress.core.errors import ConfigurationError
-from lightning_compress.core.isolation import same_randomness
+from lightning_compress.core.paths import original
+from lightning_compress.distillation.cached_data import NESTED, CachedBatch, refuse_cached, take_cached
 from lightning_compress.distillation.engine import Distiller
-from lightning_compress.distillation.examination import examine_answer
-from lightning_compress.distillation.fit import example_of
 from lightning_compress.distillation.supervised import Supervised
+
+TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+"""Hooks in which a student may change its batches."""
 
 
 class SupervisedStep(LightningModule):
@@ -75,20 +78,29 @@ class ComparedStep(LightningModule):
         return result
 
 
-def examine(distiller: Distiller, trainer: Trainer, module: LightningModule) -> None:
-    """Look at the teacher's answer to a few samples before the first epoch, where they can be had beforehand.
+class OwnBatches(LightningModule):
+    """Lets a student that changes its batches on their way see its own, without the teacher's stored outputs."""
 
-    Raises:
-        ConfigurationError: If the teacher cannot teach this student.
-    """
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-        return  # the model is in parts: the first batch will tell
-    try:
-        inputs = example_of(module, [lambda: trainer.train_dataloader])
-    except ConfigurationError:
-        return
-    with same_randomness(), trainer.precision_plugin.forward_context():
-        examine_answer(distiller, module, trainer.precision_plugin.convert_input(inputs))
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Run the student's own hook on the student's batch."""
+        return _apart(batch, lambda own: super(OwnBatches, self).on_before_batch_transfer(own, dataloader_idx))
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Run the student's own hook on the student's batch, and move the rest."""
+        moved = _apart(batch, lambda own: super(OwnBatches, self).transfer_batch_to_device(own, device, dataloader_idx))
+        return CachedBatch(moved.training_batch, moved.outputs.to(device)) if isinstance(moved, CachedBatch) else moved
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Run the student's own hook on the student's batch."""
+        return _apart(batch, lambda own: super(OwnBatches, self).on_after_batch_transfer(own, dataloader_idx))
+
+
+def _apart(batch: Any, change: Callable[[Any], Any]) -> Any:
+    own, stored = take_cached(batch)
+    if stored is None:
+        refuse_cached(batch, NESTED)
+    changed = change(own)
+    return changed if stored is None else CachedBatch(changed, stored)
 
 
 def call_step(step: Callable[..., Any], *arguments: Any) -> Any:
@@ -97,3 +109,29 @@ def call_step(step: Callable[..., Any], *arguments: Any) -> Any:
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         return step(*arguments)
     return step(*arguments[: len(parameters)])
+
+
+def check_student(student: Any) -> None:
+    """Refuse what cannot be a student.
+
+    Raises:
+        ConfigurationError: If it is no module, compiled from outside, taught already, or cannot train.
+    """
+    if not isinstance(student, nn.Module):
+        raise ConfigurationError(f"`student` must be a torch.nn.Module, got {type(student).__name__}")
+    if original(student) is not student:
+        raise ConfigurationError(
+            "`student` came out of torch.compile; give the module itself and call `module.compile()` on it or on its "
+            "network, which is as fast"
+        )
+    if hasattr(student, "_distill_engine"):
+        raise ConfigurationError("`student` is a DistillationModule already; give several losses to one")
+    if not isinstance(student, LightningModule):
+        return
+    if not is_overridden("training_step", student):
+        raise ConfigurationError(f"`student`: {type(student).__name__} has no training_step; pass its network instead")
+    if "dataloader_iter" in inspect.signature(student.training_step).parameters:
+        raise ConfigurationError(
+            f"`student`: the training_step of {type(student).__name__} takes batches itself (`dataloader_iter`); let "
+            "it take (batch, batch_idx), so that the teacher sees the same ones"
+        )

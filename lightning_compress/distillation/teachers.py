@@ -224,6 +224,14 @@ def as_teacher(teacher: Any, student: nn.Module | None = None, output: str = "")
     )
 
 
+def reads_batches(teacher: Any) -> bool:
+    """Tell whether a teacher, or one of a list, takes what it needs out of the batches, as a cache does."""
+    several = teacher.teachers if isinstance(teacher, Ensemble) else teacher
+    if isinstance(several, Sequence) and not isinstance(several, str):
+        return any(map(reads_batches, several))
+    return isinstance(teacher, Teacher) and type(teacher).split is not Teacher.split
+
+
 def load_teacher(path: str | Path, model: Any, output: str = "") -> ModuleTeacher:
     """Return the teacher whose weights lie in a file, for any architecture.
 

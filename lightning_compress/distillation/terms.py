@@ -67,7 +67,7 @@ class Objective:
     parts: Mapping[str, Tensor]
 
 
-Losses = DistillationLoss | Term | Sequence[Any] | Mapping[str, Any]
+Losses = DistillationLoss | Term | Sequence[DistillationLoss | Term] | Mapping[str, DistillationLoss | Term]
 """One loss or term, a list of them, or a mapping from names to them."""
 
 
@@ -89,6 +89,8 @@ def as_terms(losses: Losses) -> dict[str, Term]:
                 f"`losses` must hold DistillationLoss or Term objects, got {given!r}"
                 + (f"; build it: {given.__name__}()" if isinstance(given, type) else "")
             )
+        if key == "loss":
+            raise ConfigurationError("`losses` has the name 'loss', under which their sum is logged; take another one")
         term = given if isinstance(given, Term) else Term(given)
         terms[_unique(str(key) or term.loss.name, terms)] = term
     return terms

@@ -2,20 +2,26 @@
 
 import copy
 import json
+import os
 import pickle
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from lightning_compress import ArtifactError, ConfigurationError, DistillationModule
+from lightning_compress import ArtifactError, ConfigurationError, Distillation, DistillationModule
 from lightning_compress.core.examples import example_from
 from lightning_compress.data import CropFlip, ResumableLoader, TensorImages
 from lightning_compress.data.tensors import already_batched
+from lightning_compress.distillation import Ensemble, LogitsMSE
 from lightning_compress.distillation.cache import TeacherCache, cache_teacher, teacher_fingerprint
 from lightning_compress.distillation.cached_data import (
     CachedBatch,
@@ -60,7 +66,7 @@ class Doubling(Teacher):
         return "doubling"
 
 
-def quiet_trainer(epochs):
+def quiet_trainer(epochs, **settings):
     return Trainer(
         accelerator="cpu",
         max_epochs=epochs,
@@ -68,6 +74,7 @@ def quiet_trainer(epochs):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **settings,
     )
 
 
@@ -403,3 +410,106 @@ def test_fingerprints_see_values_names_and_types():
     prints = {teacher_fingerprint(linear), teacher_fingerprint(nn.Sequential(linear)), teacher_fingerprint(linear, "a")}
     prints.add(teacher_fingerprint(linear.double()))
     assert len(prints) == 4
+
+
+class Student(LightningModule):
+    """Builds its loader in a hook, scales its inputs on their way, and notes what its hooks get."""
+
+    def __init__(self, cache):
+        super().__init__()
+        self.net, self.cache, self.seen = nn.Linear(6, 3), cache, set()
+
+    def forward(self, x):
+        return self.net(x)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        inputs, numbers = batch
+        return 2 * inputs, numbers
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.seen.add(("start", type(batch)))
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.seen.add(("end", type(batch)))
+
+    def training_step(self, batch, batch_idx):
+        inputs, numbers = batch
+        self.seen.add(("step", type(batch)))
+        assert torch.equal(inputs, 2 * plain_data().tensors[0][numbers])
+        return self(inputs).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def train_dataloader(self):
+        return cached_loader(DataLoader(plain_data(), batch_size=5, shuffle=True), self.cache)
+
+
+class Matching(LogitsMSE):
+    """Checks that outputs belong to the numbers of their samples."""
+
+    def forward(self, student, teacher, target, temperature):
+        assert torch.equal(teacher, self.outputs[target])
+        return super().forward(student, teacher, target, temperature)
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit but enabled train dataloader shuffling")
+@pytest.mark.parametrize("settings", [{}, {"overfit_batches": 3}], ids=["plain", "sampler_replaced"])
+def test_a_loader_from_a_hook_may_get_another_sampler_and_hooks_see_plain_batches(teacher, tmp_path, settings):
+    cache = cache_teacher(teacher, DataLoader(plain_data(), batch_size=5), tmp_path / "cache")
+    student, loss = Student(cache), Matching()
+    loss.outputs = cache.rows(range(SAMPLES))
+    trainer = quiet_trainer(2, **settings)
+    trainer.fit(DistillationModule(student, cache, loss))
+    assert trainer.callback_metrics["distill/logits_mse"] > 0
+    assert student.seen <= {(hook, kind) for hook in ("start", "step", "end") for kind in (list, tuple)}
+    assert len(student.seen) == 3
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+def test_stored_outputs_where_nobody_can_take_them_off(teacher, loader, tmp_path):
+    cache = cache_teacher(teacher, loader, tmp_path / "cache")
+    for given in (cache, [teacher, cache], Ensemble([cache, teacher])):
+        with pytest.raises(ConfigurationError, match="use DistillationModule"):
+            Distillation(given)
+    both = CombinedLoader({"a": cached_loader(loader, cache), "b": loader})
+    with pytest.raises(ConfigurationError, match="inside other batches; give the Trainer the loader"):
+        quiet_trainer(1).fit(DistillationModule(Student(cache), cache, LogitsMSE()), both)
+    student = nn.Linear(6, 3)
+    module = DistillationModule(student, teacher)
+    with pytest.raises(ConfigurationError, match="the callback cannot take a batch apart"):
+        quiet_trainer(1, callbacks=[Distillation(teacher)]).fit(module, cached_loader(loader, cache))
+
+
+TWO_PROCESSES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DataLoader, DistributedSampler
+from test_distillation_cache import CachedDataset, Matching, Student, plain_data
+from lightning_compress import DistillationModule
+from lightning_compress.distillation import TeacherCache
+cache = TeacherCache(sys.argv[2])
+loss = Matching()
+loss.outputs = cache.rows(range(len(cache)))
+off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, **off)
+trainer.fit(DistillationModule(Student(cache), cache, loss))
+loader = trainer.train_dataloader
+assert isinstance(loader.sampler, DistributedSampler) and isinstance(loader.dataset, CachedDataset)
+assert trainer.callback_metrics["distill/logits_mse"] > 0
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_cache(teacher, tmp_path):
+    cache_teacher(teacher, DataLoader(plain_data(), batch_size=5), tmp_path / "cache")
+    script = tmp_path / "worker.py"
+    script.write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    here = str(Path(__file__).parent)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, here, str(tmp_path / "cache")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
