@@ -16,6 +16,7 @@ NAMES = [path.relative_to(PACKAGE).as_posix() for path in FILES]
 FAMILIES = ("pruning", "quantization", "low_rank", "layers", "distillation", "export")
 MAY_USE = {"coding": {"coding"}, "core": {"core", "coding"}, "evaluation": {"evaluation", "core", "coding"}}
 MAY_USE |= {family: {family, "core", "coding"} for family in FAMILIES}
+MAY_USE["export"] |= {"quantization"}  # integer layers are what runtimes want
 
 LIGHTNING_FILES = {
     "core/at_target.py",

@@ -17,10 +17,15 @@ The interface that other parts of this package build on, bottom up:
 - :func:`~lightning_compress.quantization.outputs.quantize_output` and ``quantize_input`` (kinds ``quantized_output``,
   ``quantized_input``, config: the spec's arguments): the same for what any module returns or gets, by a hook.
 - :mod:`~lightning_compress.quantization.calls`: what each layer computes, with a weight that is not its own.
+- :func:`~lightning_compress.quantization.placement.place_quantizers`: which module outputs and inputs need quantizers.
+- :func:`~lightning_compress.quantization.convert.convert`: integers in place of float weights, batch norms folded.
 """
 
+from lightning_compress.quantization.convert import Conversion, convert, convert_in_place, is_quantized
+from lightning_compress.quantization.integer import IntegerLayer
 from lightning_compress.quantization.layers import QuantizedLayer, quantize_layer
 from lightning_compress.quantization.outputs import quantize_input, quantize_output
+from lightning_compress.quantization.placement import Placement, Point, place_quantizers
 from lightning_compress.quantization.quantizer import (
     ActivationQuantizer,
     Quantizer,
@@ -34,10 +39,18 @@ __all__ = [
     "ACTIVATION",
     "WEIGHT",
     "ActivationQuantizer",
+    "Conversion",
+    "IntegerLayer",
+    "Placement",
+    "Point",
     "QuantizedLayer",
     "Quantizer",
     "QuantizerSpec",
     "WeightQuantizer",
+    "convert",
+    "convert_in_place",
+    "is_quantized",
+    "place_quantizers",
     "quantize_input",
     "quantize_layer",
     "quantize_output",

@@ -1,0 +1,226 @@
+"""From a fake-quantized network to integers: exact, on a copy, and as edits that the journal keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.core.copies import full_copy
+from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.journal import Edit
+from lightning_compress.core.paths import get_layer, named_layers
+from lightning_compress.core.verbs import apply
+from lightning_compress.quantization.fixed import FixedQuantizer
+from lightning_compress.quantization.graph import BATCH_NORMS
+from lightning_compress.quantization.integer import CLASSES, IntegerLayer
+from lightning_compress.quantization.placement import place_quantizers
+from lightning_compress.quantization.quantizer import Quantizer, WeightQuantizer
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+@dataclass
+class Conversion:
+    """What became of a network.
+
+    Args:
+        integers: Paths of the layers with integer weights -> bits.
+        folded: Path of each batch norm that is gone -> path of the layer that took it in.
+        left: What stays float, by path, and why.
+    """
+
+    integers: dict[str, int] = field(default_factory=dict)
+    folded: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+def convert(model: ModelT, example_inputs: Any = None, inplace: bool = False) -> ModelT:
+    r"""Return a fake-quantized network with integer weights in place of float ones, and batch norms folded.
+
+    With :math:`w = q\,s` (a scale for each channel), a batch norm after the layer changes scale and bias only, and the
+    sign of the integers where :math:`\gamma < 0`:
+
+    .. math:: q' = \mathrm{sign}(\gamma)\, q,\qquad s' = s\, |\gamma| / \sqrt{v + \epsilon},\qquad
+              b' = \beta + (b - \mu)\, \gamma / \sqrt{v + \epsilon}
+
+    so the outputs are those of the fake-quantized network in evaluation mode, up to float rounding (which may move a
+    value to the next integer of the quantizer behind it). Integers of up to four bits are packed into bytes.
+
+    Args:
+        model: With quantized layers, as QuantizationAwareTraining or PostTrainingQuantization leaves it.
+        example_inputs: One batch, to trace networks that ``torch.fx`` cannot trace; without them their batch norms
+            stay.
+        inplace: Change ``model`` itself instead of a copy.
+
+    Returns:
+        The network in integers. ``save_compressed`` stores its integers as they are; ``export`` writes it for runtimes.
+
+    Raises:
+        ConfigurationError: If nothing in ``model`` is quantized.
+    """
+    converted = model if inplace else cast(ModelT, full_copy(model))
+    convert_in_place(converted, example_inputs)
+    return converted
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Return whether a network has quantizers that :func:`convert` would turn into integers."""
+    return any(isinstance(part, Quantizer) for part in model.modules())
+
+
+@torch.no_grad()
+def convert_in_place(model: nn.Module, example_inputs: Any = None) -> Conversion:
+    """Do what :func:`convert` does to ``model`` itself, and return what was done."""
+    done = Conversion()
+    layers = {path: layer for path, layer in named_layers(model).items() if _weight_quantizer(layer) is not None}
+    if not is_quantized(model):
+        raise ConfigurationError(
+            "`model` has no quantized layer; train it with QuantizationAwareTraining, or quantize it with "
+            "compress(model, PostTrainingQuantization(...)), before it can become integers"
+        )
+    folds = _foldable(model, layers, example_inputs, done)
+    weights = {path: cast(Tensor, layer.weight) for path, layer in layers.items()}
+    for path, layer in layers.items():
+        quantizer = cast(WeightQuantizer, _weight_quantizer(layer))
+        apply(model, Edit("replace", path, "integer", _config(layer, quantizer, path in folds.values())))
+        done.integers[path] = quantizer.spec.bits
+    for norm, path in folds.items():
+        fold_batch_norm(cast(IntegerLayer, get_layer(model, path)), get_layer(model, norm))
+        apply(model, Edit("replace", norm, "folded"))
+        done.folded[norm] = path
+    _share_ties({path: cast(IntegerLayer, get_layer(model, path)) for path in layers}, weights)
+    _fix_activations(model, done)
+    return done
+
+
+def fold_batch_norm(layer: IntegerLayer, norm: nn.Module) -> None:
+    """Take a batch norm's evaluation into the scales, signs and the bias of the layer before it, in float64.
+
+    Args:
+        layer: With a bias, and a scale for each output channel.
+        norm: With running statistics.
+
+    >>> from lightning_compress.quantization.integer import integer_layer
+    >>> from lightning_compress.quantization.layers import quantize_layer
+    >>> layer, norm = nn.Conv1d(1, 1, 1, bias=False), nn.BatchNorm1d(1, eps=0.0).eval()
+    >>> _ = layer.weight.data.fill_(2.0), norm.weight.data.fill_(-3.0), norm.bias.data.fill_(1.0)
+    >>> _ = quantize_layer(layer, {"symmetric": True, "per_channel": True, "range": "minmax"})
+    >>> layer.weight_quantizer.take_range(layer.weight)
+    >>> integer = integer_layer(layer, 8, bias=True)
+    >>> fold_batch_norm(integer, norm)
+    >>> integer.weight_int.item(), round(integer.weight.item(), 4), integer.bias.item()
+    (-127, -6.0, 1.0)
+    """
+    factor, shift = _affine_of(norm)
+    q, flipped = layer.integer_weight(), factor < 0
+    shape = [-1 if dim == layer.weight_axis else 1 for dim in range(q.dim())]
+    zero_point = layer.weight_zero_point
+    if q.dtype == torch.int8:
+        signs = torch.sign(factor).to(torch.int8)  # a channel that gamma silences is silent: 0
+        q, zero_point = q * signs.reshape(shape), zero_point * signs
+    else:
+        greatest = 2**layer.weight_bits - 1
+        q = torch.where(flipped.reshape(shape), greatest - q, q)
+        zero_point = torch.where(flipped, greatest - zero_point, zero_point)
+        silent = (factor == 0).reshape(shape)
+        q = torch.where(silent, along_channels(zero_point, shape), q)
+    old = layer.weight_scale.double()
+    scale = torch.where(factor == 0, old, old * factor.abs())
+    layer.set_integers(q, scale, zero_point)
+    bias = cast(Tensor, layer.bias)
+    bias.copy_(bias.double() * factor + shift)
+
+
+def along_channels(values: Tensor, shape: list[int]) -> Tensor:
+    """Return one value a channel in a shape that broadcasts against a weight."""
+    return values.reshape(shape)
+
+
+def _affine_of(norm: Any) -> tuple[Tensor, Tensor]:
+    """Return factor and shift of a batch norm in evaluation mode, in float64."""
+    factor = torch.rsqrt(norm.running_var.double() + norm.eps)
+    if norm.weight is not None:
+        factor = factor * norm.weight.double()
+    shift = -norm.running_mean.double() * factor
+    return factor, shift if norm.bias is None else shift + norm.bias.double()
+
+
+def _weight_quantizer(layer: nn.Module) -> Quantizer | None:
+    """Return the quantizer of a layer's weight, if it quantizes and the layer has an integer form."""
+    quantizer = getattr(layer, "weight_quantizer", None)
+    known = isinstance(layer, tuple(CLASSES))
+    return quantizer if known and isinstance(quantizer, Quantizer) and quantizer.active else None
+
+
+def _config(layer: nn.Module, quantizer: WeightQuantizer, folds: bool) -> dict[str, Any]:
+    axis = 1 if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d) else 0
+    config: dict[str, Any] = {"bits": quantizer.spec.bits}
+    given = {"symmetric": quantizer.spec.symmetric, "axis": axis}
+    given |= {"per_channel": folds or quantizer.spec.per_channel, "bias": folds}
+    usual = {"symmetric": True, "axis": 0, "per_channel": True, "bias": False}
+    return config | {name: value for name, value in given.items() if value != usual[name]}
+
+
+def _foldable(model: nn.Module, layers: dict[str, Any], example_inputs: Any, done: Conversion) -> dict[str, str]:
+    """Return the batch norms to fold, and note why others stay."""
+    known = named_layers(model)
+    norms = [path for path, module in known.items() if isinstance(module, BATCH_NORMS)]
+    folds = dict(place_quantizers(model, (), example_inputs).folds) if norms else {}
+    for path in norms:
+        layer = known.get(folds.get(path, ""))
+        reason = _why_not_folded(known[path], layer, folds.get(path, "") in layers)
+        if reason:
+            folds.pop(path, None)
+            done.left[path] = reason
+    return folds
+
+
+def _why_not_folded(norm: Any, layer: Any, quantized: bool) -> str:
+    if layer is None:
+        return "no convolution or linear layer stands alone before it"
+    if not quantized:
+        return "the layer before it keeps float weights"
+    if norm.running_mean is None:
+        return "it has no running statistics"
+    if getattr(layer, "output_quantizer", None) is not None:
+        return "the output of the layer before it is quantized"
+    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d) and layer.groups > 1:
+        return "a grouped transposed convolution has one scale for several channels"
+    quantizer = layer.weight_quantizer
+    if quantizer.spec.symmetric and not quantizer.spec.narrow and norm.weight is not None and (norm.weight < 0).any():
+        return "a negative gamma would mirror the most negative integer; quantize with narrow=True"
+    return ""
+
+
+def _share_ties(layers: dict[str, IntegerLayer], weights: dict[str, Tensor]) -> None:
+    """Let layers that shared one weight share its integers, as long as nothing was folded into one of them alone."""
+    first: dict[int, IntegerLayer] = {}
+    for path, layer in layers.items():
+        other = first.setdefault(id(weights[path]), layer)
+        names = ("weight_int", "weight_scale", "weight_zero_point")
+        pairs = [(getattr(other, name), getattr(layer, name)) for name in names]
+        if other is not layer and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
+            for name in names:
+                setattr(layer, name, getattr(other, name))
+
+
+def _fix_activations(model: nn.Module, done: Conversion) -> None:
+    for path, quantizer in list(_activation_quantizers(model)):
+        if quantizer.active:
+            spec = quantizer.spec
+            config = {"bits": spec.bits, "symmetric": spec.symmetric}
+            config |= {} if spec.narrow or not spec.symmetric else {"narrow": False}
+            apply(model, Edit("replace", path, FixedQuantizer.kind, config))
+        else:
+            done.left[path] = "it has seen no data, or is switched off"
+            apply(model, Edit("replace", path, "no_quantizer"))
+
+
+def _activation_quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    for path, module in named_layers(model).items():
+        if isinstance(module, Quantizer) and not isinstance(module, WeightQuantizer):
+            yield path, module
