@@ -26,6 +26,7 @@ from lightning_compress.data.resume import ExactResume
 from lightning_compress.distillation.callbacks import Distillation
 from lightning_compress.distillation.module import DistillationModule
 from lightning_compress.evaluation.callbacks import CompressionReport
+from lightning_compress.low_rank.callbacks import LowRank
 from lightning_compress.pruning import (
     FisherPruning,
     IterativePruning,
@@ -68,6 +69,7 @@ __all__ = [
     "Journal",
     "JournalMismatchError",
     "LotteryTicket",
+    "LowRank",
     "ModelCheckpointAtTarget",
     "NeuronMerging",
     "OptimalBrainCompression",

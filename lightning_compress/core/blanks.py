@@ -26,6 +26,9 @@ class Blanks(ABC):
     needs_training: ClassVar[str] = ""
     """Why the method is no way to compress a trained model at once; empty if it is one."""
 
+    needs_example: ClassVar[bool] = True
+    """Whether :meth:`examine` cannot do without one batch; else it may get ``None``."""
+
     select: Select
 
     def choose(self, root: nn.Module) -> Selection:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from contextlib import nullcontext, suppress
 from typing import Any, final
 
 import torch
@@ -49,6 +50,7 @@ class Method(Blanks):
         self._left: dict[str, str] = {}
         self._logged: dict[str, float] = {}
         self._run: Run | None = None
+        self._at_once = False
 
     @property
     @final
@@ -61,6 +63,12 @@ class Method(Blanks):
     def in_fit(self) -> bool:
         """Whether a Trainer is training the model now, as opposed to :meth:`run_once`."""
         return self._run is not None
+
+    @property
+    @final
+    def at_once(self) -> bool:
+        """Whether :meth:`run_once` is compressing a model now."""
+        return self._at_once
 
     @property
     @final
@@ -94,13 +102,17 @@ class Method(Blanks):
                 f"{self.state_key} works only while a model trains: {self.needs_training}. Give it to a Trainer"
             )
         self._forget_model()
-        self._resolve(model)
-        install_hooks(model)
-        with torch.no_grad():
-            apply_all(model, self.prepare(self.layers(model)))
-            self._examine(model, own_example(model) if example_inputs is None else example_inputs, None)
-            self._change(self.layers(model), self.schedule.final, epoch=0)
-            apply_all(model, self.finalize(self.layers(model)))
+        self._at_once = True
+        try:
+            self._resolve(model)
+            install_hooks(model)
+            with torch.no_grad():
+                apply_all(model, self.prepare(self.layers(model)))
+                self._examine(model, own_example(model) if example_inputs is None else example_inputs, None)
+                self._change(self.layers(model), self.schedule.final, epoch=0)
+                apply_all(model, self.finalize(self.layers(model)))
+        finally:
+            self._at_once = False
         return model
 
     @property
@@ -144,7 +156,10 @@ class Method(Blanks):
 
     def _examine(self, root: nn.Module, example_inputs: Any, loaders: Any) -> None:
         if overrides(self, "examine"):
-            inputs = example_from(loaders) if example_inputs is None else example_inputs
+            inputs = example_inputs
+            if inputs is None:
+                with nullcontext() if self.needs_example else suppress(ConfigurationError):
+                    inputs = example_from(loaders)
             selection = self.examine(root, inputs)
             self._paths, self._left = tuple(selection.layers), dict(selection.left)
 

@@ -33,7 +33,7 @@ def layer_patches(layer: nn.Module, inputs: Tensor) -> Tensor:
     if not isinstance(layer, CONVOLUTIONS):
         raise ConfigurationError(f"`layer` must be Linear or Conv1d/2d/3d, got {type(layer).__name__}")
     spatial = len(layer.kernel_size)
-    windows = _padded(layer, inputs if inputs.dim() == spatial + 2 else inputs.unsqueeze(0))
+    windows = padded(layer, inputs if inputs.dim() == spatial + 2 else inputs.unsqueeze(0))
     for axis, (kernel, stride, dilation) in enumerate(
         zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=2
     ):
@@ -45,7 +45,8 @@ def layer_patches(layer: nn.Module, inputs: Tensor) -> Tensor:
     return rows.reshape(groups, batch * rows.shape[2 : 2 + spatial].numel(), -1)
 
 
-def _padded(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor) -> Tensor:
+def padded(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor) -> Tensor:
+    """Return (n, c, *spatial) inputs with the padding of a convolution around them."""
     sides: list[int] = []
     for axis in reversed(range(len(layer.kernel_size))):
         if layer.padding == "same":

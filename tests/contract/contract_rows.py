@@ -24,6 +24,7 @@ from lightning_compress import (
     FixedPointTraining,
     IterativePruning,
     LotteryTicket,
+    LowRank,
     NeuronMerging,
     OptimalBrainCompression,
     Rule,
@@ -37,6 +38,7 @@ from lightning_compress import (
 )
 from lightning_compress.data.order import ResumableLoader
 from lightning_compress.distillation import FitNetsHints, KnowledgeDistillation, Ramp, Term
+from lightning_compress.low_rank.ranking import RankSearch
 from lightning_compress.pruning.structured.latency_search import LatencySearch
 
 
@@ -239,6 +241,20 @@ class StructuredByCount(StructuredPruning):
     _searches_with = LatencyByCount
 
 
+class RanksByCount(RankSearch):
+    """The same clock for ranks."""
+
+    def measure(self, models: Sequence[nn.Module], inputs: Any, seconds: float) -> list[list[float]]:
+        shift = 1000.0 * int(os.environ.get("RANK", "0"))
+        return [[shift + sum(p.numel() for p in model.parameters())] for model in models]
+
+
+class LowRankByCount(LowRank):
+    """Chooses ranks for a latency that depends on the parameters alone."""
+
+    _searches_with = RanksByCount
+
+
 @dataclass(frozen=True)
 class Row:
     """One method under contract.
@@ -290,6 +306,7 @@ def _sparsity(strength: float, *arguments: Any, **more: Any) -> Callable[[], Com
 _HIDDEN = ("net.layers.1", "net.layers.3")
 _MIDDLE = ("net.depthwise", "net.grouped")
 _CONV3D = Select(types=("Conv3d",))
+_FACTORED = tuple(("replace", f"net.{name}") for name in ("stem", "grouped", "head"))
 _NOTHING = lambda: IterativePruning(0.5, Select(types=("Conv3d",)))  # noqa: E731
 
 ROWS = (
@@ -417,6 +434,42 @@ ROWS = (
             ("xnor", "Mixed", 2, _MIDDLE, lambda: Binarization("xnor")),
             ("loss_aware", "MLP", 1, _HIDDEN[1:], lambda: Binarization("loss_aware")),
             ("ternary", "Mixed", 1, _MIDDLE, lambda: Ternarization(schedule=Schedule(1.0, end="60%", shape="linear"))),
+        )
+    ),
+    *(
+        Row(
+            f"low_rank_{name}",
+            build,
+            net,
+            "compress/parameters",
+            prepared,
+            finalized,
+            nothing=lambda: LowRank(factors=2, select=_CONV3D),
+        )
+        for name, net, build, prepared, finalized in (
+            ("before", "Mixed", lambda: LowRank(factors=2, when="before"), _FACTORED, ()),
+            ("after", "Sequences", lambda: LowRank(compression_rate=1.15), (), ()),
+            (
+                "by_data",
+                "MLP",
+                lambda: LowRank(factors={"rank": {"energy": 0.6}}, when="before", batches=[dataset()[:]]),
+                (("replace", "net.layers.1"), ("replace", "net.head")),
+                (),
+            ),
+            (
+                "batch_norm",
+                "Mixed",
+                lambda: LowRank(factors={"rank": 2, "batch_norm": True}, when="before", select=Select(types="Conv2d")),
+                _FACTORED[:2],
+                (),
+            ),
+            (
+                "latency",
+                "MLP",
+                lambda: LowRankByCount(latency=0.6, when="before", batches=[dataset()[:]]),
+                (("replace", "net.layers.1"),),
+                (),
+            ),
         )
     ),
     Row(

@@ -1,0 +1,166 @@
+"""The candidates of one layer: what it costs at each rank, and what that loses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lightning_compress.low_rank.errors import error_profile
+from lightning_compress.low_rank.layers import Factorized, factor_shapes, norm_reason
+from lightning_compress.low_rank.methods import Ranks, method_named
+from lightning_compress.low_rank.shapes import LayerShape, shape_of
+
+Numbers = NDArray[np.float64]
+Sizes = Sequence[tuple[int, ...]]
+TRAFFIC = 12.0
+"""Multiply-accumulate operations that fit into the time of moving one number through memory, roughly, on a CPU."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """What one layer can become, from the smallest rank to the layer as it is, which comes last.
+
+    Attributes:
+        path: Where it is.
+        method: Name of the method.
+        ranks: Of each candidate; ``()`` for the last.
+        parameters: Numbers that are learned.
+        macs: Operations for one sample; 0 where the sizes of inputs are not known.
+        time: What one pass takes: operations and memory traffic, modelled; or milliseconds, measured.
+        error: Relative squared error of the outputs.
+        why: Why there is no candidate beside the layer itself, or nothing.
+    """
+
+    path: str
+    method: str
+    ranks: tuple[Ranks, ...]
+    parameters: Numbers
+    macs: Numbers
+    time: Numbers
+    error: Numbers
+    why: str = ""
+
+    def only(self, kept: NDArray[np.bool_], why: str) -> Table:
+        """Return the table with some candidates left out; ``why`` counts if none is left."""
+        kept = np.append(kept[:-1], True)
+        columns = {name: getattr(self, name)[kept] for name in ("parameters", "macs", "time", "error")}
+        ranks = tuple(ranks for ranks, keep in zip(self.ranks, kept, strict=True) if keep)
+        return replace(self, ranks=ranks, why=self.why or (why if len(ranks) == 1 else ""), **columns)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one layer.
+
+    Attributes:
+        method: Name of the method.
+        ranks: Its ranks, or ``()`` if the layer stays as it is.
+        why: Why it stays, or nothing.
+        noisy: Whether variational Bayes found nothing but noise.
+        error: Relative error of its outputs, as estimated: 0 to 1.
+    """
+
+    method: str
+    ranks: Ranks = ()
+    why: str = ""
+    noisy: bool = False
+    error: float = 0.0
+
+
+def table_of(
+    path: str,
+    layer: nn.Module,
+    method: str,
+    sizes: Sizes = (),
+    rows: Tensor | None = None,
+    batch_norm: bool = False,
+    smallest_only: bool = False,
+) -> Table:
+    """Return the candidates of a layer, without those that would be larger or do more operations than the layer.
+
+    Args:
+        path: Where it is.
+        layer: A layer that the method fits.
+        method: Its name, not ``"auto"``.
+        sizes: Spatial sizes of its inputs at each call; of Linear the rows of one sample.
+        rows: What it sees, to weigh errors with.
+        batch_norm: Whether there is to be a batch norm between factors.
+        smallest_only: Look at no weight, and list the smallest candidate only.
+
+    >>> table = table_of("fc", nn.Linear(8, 8, bias=False), "svd", [(1,)])
+    >>> table.ranks, table.macs.tolist()
+    (((1,), (2,), (3,), ()), [16.0, 32.0, 48.0, 64.0])
+    """
+    shape = shape_of(layer)
+    if smallest_only:
+        ranks, errors = [(shape.groups,) * len(method_named(method).full_ranks(shape))], np.ones(1)
+    else:
+        ranks, errors = error_profile(layer, method, rows)
+    costs = np.vstack([_costs_at(shape, method, ranks, sizes, batch_norm), _cost((shape,), sizes)])
+    found = Table(path, method, (*ranks, ()), costs[:, 0], costs[:, 1], costs[:, 2], np.append(errors, 0.0))
+    smaller = found.parameters < found.parameters[-1]
+    found = found.only(smaller, "it would be larger at every rank")
+    works = found.macs[-1] > 0
+    return found.only((found.macs < found.macs[-1]) | (not works), "it would do more operations at every rank")
+
+
+def in_steps(table: Table, groups: int, round_to: int) -> Table:
+    """Return the candidates whose ranks are multiples of ``round_to``, where the layer is wide enough for one."""
+    step = math.lcm(groups, round_to)
+    kept = np.array([all(rank % step == 0 for rank in ranks) for ranks in table.ranks])
+    return table.only(kept, "") if kept[:-1].any() else table
+
+
+def _costs_at(shape: LayerShape, method: str, ranks: Sequence[Ranks], sizes: Sizes, batch_norm: bool) -> Numbers:
+    """Return parameters, operations and modelled time for all ranks; with a single rank they lie on a line."""
+
+    def at(one: Ranks) -> Numbers:
+        return _cost(factor_shapes(shape, method, one, batch_norm), sizes, batch_norm)
+
+    if len(ranks) < 3 or len(method_named(method).full_ranks(shape)) > 1:
+        return np.array([at(one) for one in ranks])
+    first, second = at(ranks[0]), at(ranks[1])
+    return first + np.arange(len(ranks))[:, None] * (second - first)
+
+
+def _cost(factors: Sequence[LayerShape], sizes: Sizes, batch_norm: bool = False) -> Numbers:
+    parameters = sum(factor.parameters for factor in factors)
+    parameters += sum(2 * factor.outputs for factor in factors[:-1]) if batch_norm else 0
+    macs = moved = 0
+    for size in sizes:
+        for factor in factors:
+            after = factor.output_size(size)
+            macs += factor.macs(size)
+            moved += factor.parameters + factor.inputs * math.prod(size) + factor.outputs * math.prod(after)
+            size = after
+    return np.array([parameters, macs, macs + TRAFFIC * moved], float)
+
+
+def sizes_of(layer: nn.Module, decision: Decision | None = None, batch_norm: bool = False) -> tuple[int, int]:
+    """Return the parameters of a layer before and after it becomes, or became, factors.
+
+    >>> sizes_of(nn.Linear(8, 8, bias=False), Decision("svd", (2,)))
+    (64, 32)
+    """
+    if isinstance(layer, Factorized):
+        return layer.shape.parameters, sum(parameter.numel() for parameter in layer.parameters())
+    shape = shape_of(layer)
+    if decision is None or not decision.ranks:
+        return shape.parameters, shape.parameters
+    norm = batch_norm and not norm_reason(shape)
+    parts = factor_shapes(shape, decision.method, decision.ranks, norm)
+    return shape.parameters, int(_cost(parts, (), norm)[0])
+
+
+def shape_text(shape: LayerShape) -> str:
+    """Return a shape for a plan: outputs, inputs of a group, kernel.
+
+    >>> shape_text(LayerShape("conv", 8, 16, (3, 3), groups=2))
+    '16x4x3x3'
+    """
+    return "x".join(map(str, (shape.outputs, shape.inputs // shape.groups, *shape.kernel)))

@@ -1,0 +1,132 @@
+"""Errors for all ranks at once, against factors that are really built and run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.core.patches import layer_patches
+from lightning_compress.low_rank.decompose import factorize, full_ranks, spectra
+from lightning_compress.low_rank.errors import error_profile
+from lightning_compress.low_rank.looking import look, sample_rows
+from lightning_compress.low_rank.tables import in_steps, table_of
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(12, 8, bias=False), "svd", (64, 12)),
+    "tall": (lambda: nn.Linear(6, 15, bias=False), "svd", (64, 6)),
+    "pointwise": (lambda: nn.Conv2d(6, 10, 1, groups=2, bias=False), "svd", (8, 6, 5, 5)),
+    "channels": (lambda: nn.Conv2d(6, 10, 3, stride=2, padding=1, bias=False), "channel_svd", (8, 6, 9, 9)),
+    "spatial": (lambda: nn.Conv2d(6, 8, (3, 5), padding="same", bias=False), "spatial_svd", (8, 6, 7, 9)),
+    "spatial_groups": (lambda: nn.Conv2d(6, 8, 3, dilation=2, groups=2, bias=False), "spatial_svd", (8, 6, 9, 9)),
+    "conv1d": (lambda: nn.Conv1d(6, 8, 3, padding=1, bias=False), "channel_svd", (8, 6, 12)),
+    "conv3d": (lambda: nn.Conv3d(3, 4, (2, 3, 2), bias=False), "spatial_svd", (6, 3, 4, 5, 4)),
+}
+
+
+def inputs_for(size: tuple[int, ...]) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    channels = torch.linspace(0.2, 2.0, size[1]).reshape(1, -1, *(1,) * (len(size) - 2))
+    return torch.randn(size, generator=generator) * channels + 0.5
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_output_errors_are_those_of_the_factors(name: str) -> None:
+    build, method, size = LAYERS[name]
+    torch.manual_seed(1)
+    layer, x = build(), inputs_for(size)
+    ranks, errors = error_profile(layer, method, layer_patches(layer, x))
+    assert ranks[-1] == full_ranks(layer, method)
+    with torch.no_grad():
+        whole = layer(x).double()
+        built = [
+            float((layer_out(factorize(layer, method, rank).module, x) - whole).square().sum() / whole.square().sum())
+            for rank in ranks
+        ]
+    np.testing.assert_allclose(errors, np.minimum.accumulate(built), atol=2e-4)
+
+
+def layer_out(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x).double()
+
+
+def test_a_transposed_convolution_is_weighed_by_what_single_inputs_spread() -> None:
+    torch.manual_seed(1)
+    layer, x = nn.ConvTranspose2d(6, 4, 3, stride=3, bias=False), inputs_for((8, 6, 5, 5))
+    rows = sample_rows(layer, x, 10_000, torch.Generator().manual_seed(0))
+    for method in ("spatial_svd", "channel_svd"):
+        ranks, errors = error_profile(layer, method, rows)
+        with torch.no_grad():  # with a stride like the kernel nothing overlaps
+            whole = layer(x)
+            built = [float((factorize(layer, method, rank).module(x) - whole).square().sum()) for rank in ranks]
+        np.testing.assert_allclose(errors, np.minimum.accumulate(built) / float(whole.square().sum()), atol=2e-4)
+
+
+def test_an_embedding_is_weighed_by_how_often_its_rows_are_looked_up() -> None:
+    torch.manual_seed(1)
+    table, often = nn.Embedding(20, 6), torch.tensor([3, 3, 3, 7, 3, 7])
+    ranks, errors = error_profile(table, "svd", often)
+    with torch.no_grad():
+        whole = table(often)
+        built = [float((factorize(table, "svd", rank).module(often) - whole).square().sum()) for rank in ranks]
+    np.testing.assert_allclose(errors, np.minimum.accumulate(built) / float(whole.square().sum()), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_without_data_the_tail_of_the_spectrum_counts(name: str) -> None:
+    build, method, _ = LAYERS[name]
+    layer = build()
+    ranks, errors = error_profile(layer, method)
+    energies = spectra(layer, method)[0].double().square().sum(0)
+    expected = 1 - energies.cumsum(0) / energies.sum()
+    np.testing.assert_allclose(errors, expected.numpy(), atol=1e-6)
+    one = ranks[len(ranks) // 2]
+    assert factorize(layer, method, one).error ** 2 == pytest.approx(errors[len(ranks) // 2], abs=1e-5)
+
+
+def test_nothing_is_lost_of_a_layer_that_is_zero() -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    nn.init.zeros_(layer.weight)
+    assert error_profile(layer, "svd")[1].tolist() == [0.0] * 4
+    assert error_profile(layer, "svd", torch.zeros(1, 5, 4))[1].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name not in ("linear", "tall")])
+def test_sampled_rows_are_rows_of_the_unfolded_input(name: str) -> None:
+    build, _, size = LAYERS[name]
+    layer, x = build(), inputs_for(size)
+    every = layer_patches(layer, x)
+    some = sample_rows(layer, x, 50, torch.Generator().manual_seed(0))
+    assert some.shape[0] == every.shape[0]
+    for group, rows in enumerate(some):
+        assert torch.cdist(rows.double(), every[group].double()).min(1).values.max() < 1e-6
+
+
+def test_looking_leaves_the_model_and_the_random_state_alone() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(36, 3)).train()
+    before, state = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
+    first = look(net, {"0": net[0], "4": net[4]}, [torch.randn(6, 1, 5, 5)], lambda m, x: m(x), 8)
+    torch.set_rng_state(state)
+    again = look(net, {"0": net[0], "4": net[4]}, [torch.randn(6, 1, 5, 5)], lambda m, x: m(x), 8)
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in before.items())
+    assert net.training
+    assert torch.equal(first["0"].rows, again["0"].rows)
+    assert not net[0]._forward_pre_hooks
+
+
+def test_tables_hold_what_is_smaller_and_does_less() -> None:
+    conv = nn.Conv2d(8, 16, 3, stride=2, padding=1)
+    table = table_of("conv", conv, "spatial_svd", [(16, 16)])
+    assert (table.parameters[:-1] < table.parameters[-1]).all()
+    assert (table.macs[:-1] < table.macs[-1]).all()
+    for pick in (0, len(table.ranks) - 2):
+        module = factorize(conv, "spatial_svd", table.ranks[pick]).module
+        assert table.parameters[pick] == sum(p.numel() for p in module.parameters())
+    assert [rank for (rank,) in in_steps(table, 1, 8).ranks[:-1]] == [
+        rank for (rank,) in table.ranks[:-1] if rank % 8 == 0
+    ]
+    tiny = table_of("tiny", nn.Linear(1, 9), "svd", [(1,)])
+    assert (tiny.ranks, tiny.why) == (((),), "it would be larger at every rank")
