@@ -70,7 +70,7 @@ class StreamPlan:
 
     Args:
         coder: :data:`RAW`, :data:`HUFFMAN` or :data:`ANS`.
-        bytes: Size, the numbers at its start included: exact, with ANS to within eight bytes.
+        bytes: Size, the numbers at its start included: exact, with ANS to within eight bytes and a byte in 100,000.
         first: Lowest symbol that occurs; the others are stored relative to it.
         alphabet: Highest symbol minus ``first``, plus one.
         table: Code lengths or frequencies, by symbol.
