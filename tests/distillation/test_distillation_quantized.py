@@ -1,0 +1,68 @@
+"""Students in few bits under a teacher: the dense self stays dense, and the file is the student's alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from kd_models import Classifier, copied, fit, images, same
+from lightning.pytorch import seed_everything
+
+from lightning_compress import (
+    Binarization,
+    CompressionCallback,
+    Distillation,
+    DistillationModule,
+    FixedPointTraining,
+    Select,
+    Ternarization,
+    load_compressed,
+    save_compressed,
+)
+from lightning_compress.distillation import FitNetsHints, KnowledgeDistillation, Term
+
+EVERYTHING = Select(types=["Conv2d", "Linear"])
+FEW_BITS = {
+    "binary": lambda: Binarization("bwn", select=EVERYTHING),
+    "xnor": lambda: Binarization("xnor"),
+    "ternary": lambda: Ternarization(select=EVERYTHING),
+    "fixed_point": lambda: FixedPointTraining([3, 5], [5, 5], [2, 12]),
+}
+
+
+def losses() -> dict[str, Term]:
+    return {"kd": Term(KnowledgeDistillation(), 0.9), "hint": Term(FitNetsHints(), 0.5, pairs="net.layer*")}
+
+
+@pytest.mark.parametrize("way", ["module", "callback"])
+@pytest.mark.parametrize("build", FEW_BITS.values(), ids=FEW_BITS.keys())
+def test_a_student_in_few_bits_learns_from_its_dense_self(
+    build: Callable[[], CompressionCallback], way: str, tmp_path: Path
+) -> None:
+    seed_everything(0, verbose=False)
+    student, method = Classifier(dropout=0.0), build()
+    dense = copied(student)
+    if way == "module":
+        module = DistillationModule(student, "baseline", losses(), task_weight=0.1)
+        trainer = fit(module, [method], epochs=2)
+        teacher = module.distiller.teacher
+    else:
+        distill = Distillation("baseline", losses(), task_weight=0.1)
+        trainer = fit(student, [distill, method], epochs=2)
+        teacher = distill.distiller.teacher
+    assert same(dense, copied(teacher.module))
+    assert trainer.callback_metrics["distill/kd"] > 0
+    assert trainer.callback_metrics["distill/hint"] > 0
+    assert trainer.callback_metrics["teacher/agreement"] <= 1
+    small = student if method.compressed is None else method.compressed
+    values = (
+        small.net.layer1[0].weight.unique() if build is not FEW_BITS["xnor"] else small.net.layer2[0].weight.unique()
+    )
+    assert len(values) < 32
+    save_compressed(small, tmp_path / "small.safetensors")
+    bare = load_compressed(Classifier(dropout=0.0), tmp_path / "small.safetensors")
+    data = images().tensors[0]
+    with torch.no_grad():
+        assert torch.equal(bare.eval()(data), small.eval()(data))
