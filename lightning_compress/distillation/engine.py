@@ -216,6 +216,8 @@ class Distiller:
             check_answer(self.terms, runs[0].output, answers[0], str(self.teacher))
             self._looked = True
         found = [self.objective(seen, answer, batch) for seen, answer in zip(runs, answers, strict=True)]
+        if len(found) == 1:
+            return found[0]
         parts = {name: torch.stack([one.parts[name] for one in found]).mean() for name in found[0].parts}
         return Objective(torch.stack([one.total for one in found]).mean(), parts)
 
@@ -238,14 +240,15 @@ class Distiller:
     def objective(self, seen: Seen, answer: Answer | None, batch: Any) -> Objective:
         """Return the weighted sum of all losses for one run of the student."""
         target = find_target(batch, self.target)
-        total = torch.zeros((), device=seen.output.device)
         parts: dict[str, Tensor] = {}
+        shares: list[Tensor] = []
         for name, term in self.terms.items():
             weight = self.now(term.weight)
             if weight > 0:
                 value = self._value(name, term, seen, answer, target)
                 parts[name] = value.detach()
-                total = total + weight * value
+                shares.append(value if weight == 1 else weight * value)
+        total = sum(shares[1:], shares[0]) if shares else torch.zeros((), device=seen.output.device)
         return Objective(total, parts)
 
     def _value(self, name: str, term: Term, seen: Seen, answer: Answer | None, target: Tensor | None) -> Tensor:

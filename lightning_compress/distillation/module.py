@@ -192,7 +192,8 @@ class DistillationModule(LightningModule):
             return loss
         values = {f"distill/{name}": value for name, value in objective.parts.items()}
         self.log_dict({**values, "distill/loss": objective.total.detach()})
-        return self._distill_engine.now(self._distill_engine.task_weight) * loss + objective.total
+        weight = self._distill_engine.now(self._distill_engine.task_weight)
+        return (loss if weight == 1 else weight * loss) + objective.total
 
     # ------------------------------------------------------------------ the run
 

@@ -134,7 +134,8 @@ class DistillationLoss(nn.Module, ABC):
                 f"`{self.name}` compares pairs; the student gave {len(ours)} tensors and the teacher {len(theirs)}; "
                 "give one or more, as many on each side"
             )
-        return torch.stack([function(one, other) for one, other in zip(ours, theirs, strict=True)]).sum()
+        first, *others = (function(one, other) for one, other in zip(ours, theirs, strict=True))
+        return sum(others, first)
 
 
 def check_classes(shape: torch.Size, class_dim: int, where: str) -> None:
