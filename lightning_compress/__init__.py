@@ -44,7 +44,9 @@ from lightning_compress.pruning.structured import (
     recalibrate_batch_norm,
 )
 from lightning_compress.quantization import QuantizerSpec
+from lightning_compress.quantization.assignment import QuantizationRule
 from lightning_compress.quantization.binary.callbacks import Binarization, Ternarization
+from lightning_compress.quantization.callbacks import QuantizationAwareTraining
 from lightning_compress.quantization.fixed_point.callbacks import FixedPointTraining
 
 __version__ = "0.1.0"
@@ -73,6 +75,8 @@ __all__ = [
     "ModelCheckpointAtTarget",
     "NeuronMerging",
     "OptimalBrainCompression",
+    "QuantizationAwareTraining",
+    "QuantizationRule",
     "QuantizerSpec",
     "Rule",
     "Schedule",

@@ -12,14 +12,14 @@ RuleT = TypeVar("RuleT")
 
 
 def build_rules(
-    rules: Mapping[str, RuleT | Mapping[str, Any]] | None, kind: type[RuleT], needed: str
+    rules: Mapping[str, RuleT | Mapping[str, Any]] | None, kind: type[RuleT], needed: str = ""
 ) -> dict[str, RuleT]:
     """Return named rules of any kind, built from plain mappings where configs gave those.
 
     Args:
         rules: By name.
         kind: A dataclass with ``include`` among its fields.
-        needed: The field that every rule must give beside ``include``.
+        needed: A field that every rule must give beside ``include``, if there is one.
 
     Raises:
         ConfigurationError: If a rule is neither of that kind nor a mapping of its arguments; names the rule.
@@ -39,9 +39,10 @@ def build_rules(
         for key in rule:
             if key not in known:
                 raise ConfigurationError(f"rule {name!r} has no argument {key!r}: {did_you_mean(str(key), known)}")
-        missing = [key for key in ("include", needed) if key not in rule]
+        required = ["include", needed] if needed else ["include"]
+        missing = [key for key in required if key not in rule]
         if missing:
-            raise ConfigurationError(f"rule {name!r} lacks `{missing[0]}`; give include and {needed}")
+            raise ConfigurationError(f"rule {name!r} lacks `{missing[0]}`; give {' and '.join(required)}")
         try:
             built[str(name)] = kind(**rule)
         except ConfigurationError as error:

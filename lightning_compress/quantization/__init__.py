@@ -13,17 +13,21 @@ The interface that other parts of this package build on, bottom up:
   of all processes and sets the ranges. To calibrate a model in eval mode: ``for q in quantizers_of(model): q.train()``.
 - :func:`~lightning_compress.quantization.layers.quantize_layer` (replace kind ``quantized``, config ``weight`` and
   ``input``): a layer becomes e.g. a ``QuantizedConv2d``, in place: the same object, Parameter and key, and the children
-  ``weight_quantizer`` and ``input_quantizer``, either of which may be ``None``.
+  ``weight_quantizer`` and ``input_quantizer``, either of which may be ``None``. Recurrent layers and attention have
+  several weights and ``weight_quantizers``; ``weight_quantizers_of(layer)`` answers for all kinds.
 - :func:`~lightning_compress.quantization.outputs.quantize_output` and ``quantize_input`` (kinds ``quantized_output``,
   ``quantized_input``, config: the spec's arguments): the same for what any module returns or gets, by a hook.
+- Learned ranges (LSQ, LSQ+, PACT) are subclasses with a Parameter ``scale`` (``offset``, ``bound``); ``affine`` answers
+  for them too. A weight that DoReFa squeezes has the integers and the scale of the squeezed weight.
 - :mod:`~lightning_compress.quantization.calls`: what each layer computes, with a weight that is not its own.
 - :func:`~lightning_compress.quantization.placement.place_quantizers`: which module outputs and inputs need quantizers.
 - :func:`~lightning_compress.quantization.convert.convert`: integers in place of float weights, batch norms folded.
 """
 
+from lightning_compress.quantization.attention import QuantizedMultiheadAttention
 from lightning_compress.quantization.convert import Conversion, convert, convert_in_place, is_quantized
 from lightning_compress.quantization.integer import IntegerLayer
-from lightning_compress.quantization.layers import QuantizedLayer, quantize_layer
+from lightning_compress.quantization.layers import QuantizedLayer, quantize_layer, weight_quantizers_of
 from lightning_compress.quantization.outputs import quantize_input, quantize_output
 from lightning_compress.quantization.placement import Placement, Point, place_quantizers
 from lightning_compress.quantization.quantizer import (
@@ -33,6 +37,7 @@ from lightning_compress.quantization.quantizer import (
     quantizers_of,
     update_ranges,
 )
+from lightning_compress.quantization.recurrent import QuantizedGRU, QuantizedLSTM, QuantizedRNN
 from lightning_compress.quantization.spec import ACTIVATION, WEIGHT, QuantizerSpec
 
 __all__ = [
@@ -43,7 +48,11 @@ __all__ = [
     "IntegerLayer",
     "Placement",
     "Point",
+    "QuantizedGRU",
+    "QuantizedLSTM",
     "QuantizedLayer",
+    "QuantizedMultiheadAttention",
+    "QuantizedRNN",
     "Quantizer",
     "QuantizerSpec",
     "WeightQuantizer",
@@ -56,4 +65,5 @@ __all__ = [
     "quantize_output",
     "quantizers_of",
     "update_ranges",
+    "weight_quantizers_of",
 ]

@@ -17,7 +17,7 @@ from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.verbs import register_kind
 from lightning_compress.quantization.build import build_quantizer
 from lightning_compress.quantization.calls import convolve, convolve_transposed, embed, embed_bag, linear
-from lightning_compress.quantization.quantizer import Quantizer
+from lightning_compress.quantization.quantizer import Quantizer, WeightQuantizer
 from lightning_compress.quantization.spec import QuantizerSpec
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
@@ -37,6 +37,18 @@ class QuantizedLayer(nn.Module):
     def quantized_weight(self) -> Tensor:
         """Return the weight as the layer uses it."""
         return self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+
+
+class ManyWeights(QuantizedLayer):
+    """Mixed into a layer class with several weights: a quantizer for each, by name, in ``weight_quantizers``."""
+
+    weight_quantizers: nn.ModuleDict
+
+    def quantized(self, name: str) -> Any:
+        """Return a parameter by name as the layer uses it; a child's name stands for its weight."""
+        held = getattr(self, name)
+        value = held.weight if isinstance(held, nn.Module) else held
+        return self.weight_quantizers[name](value) if name in self.weight_quantizers else value
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):
@@ -117,17 +129,17 @@ def why_not(layer: nn.Module) -> str:
     """Return why a layer of a supported type cannot be quantized; empty if it can.
 
     >>> why_not(nn.Embedding(3, 2, max_norm=1.0))
-    'renormalizes its own rows (max_norm)'
+    'it renormalizes its own rows (max_norm)'
     """
     dense = dense_class(layer)
     if isinstance(layer, QuantizedLayer):
         return ""
     if dense not in CLASSES:
-        return f"{type(layer).__name__} has a forward of its own"
+        return "it has a forward of its own"
     if getattr(layer, "max_norm", None) is not None:
-        return "renormalizes its own rows (max_norm)"
+        return "it renormalizes its own rows (max_norm)"
     if getattr(layer, "sparse", False):
-        return "has sparse gradients"
+        return "it has sparse gradients"
     return ""
 
 
@@ -146,14 +158,21 @@ def channel_axis(layer: nn.Module) -> int:
 
 
 def quantize_layer(
-    layer: LayerT, weight: Mapping[str, Any] | None = None, input: Mapping[str, Any] | None = None
+    layer: LayerT,
+    weight: Mapping[str, Any] | None = None,
+    input: Mapping[str, Any] | None = None,
+    key: Mapping[str, Any] | None = None,
+    value: Mapping[str, Any] | None = None,
 ) -> LayerT:
     """Give a layer its quantizers, in place, and the class that uses them.
 
     Args:
         layer: Of one of the :data:`CLASSES`; itself or a parametrized one.
-        weight: Arguments of the weight's :class:`QuantizerSpec`; ``None`` leaves it float.
-        input: Arguments of the input's; ``None`` leaves it float, as it does for embeddings.
+        weight: Arguments of the weight's :class:`QuantizerSpec`, of each where there are several; ``None`` leaves it
+            float.
+        input: Arguments of the input's (the queries' of an attention); ``None`` leaves it float.
+        key: Of the keys of an attention, where they are not its queries.
+        value: Of the values of an attention, where they are neither queries nor keys.
 
     Returns:
         The same object.
@@ -167,21 +186,68 @@ def quantize_layer(
     """
     reason = why_not(layer)
     if reason or isinstance(layer, QuantizedLayer):
-        raise ConfigurationError(f"{type(layer).__name__} cannot be quantized: it {reason or 'is quantized already'}")
-    axis, like = channel_axis(layer), cast(Tensor, layer.weight)
-    with torch.device(like.device):
-        weight_quantizer = _build(weight, "weight", axis, like.shape[axis])
-        input_quantizer = _build(input, "input")
-    _swap_class(layer, CLASSES[dense_class(layer)])
-    for name, quantizer in (("weight_quantizer", weight_quantizer), ("input_quantizer", input_quantizer)):
-        layer.add_module(name, quantizer if quantizer is None else quantizer.train(layer.training))
+        raise ConfigurationError(f"{type(layer).__name__} cannot be quantized: {reason or 'it is quantized already'}")
+    quantized = CLASSES[dense_class(layer)]
+    names = weight_names(layer)
+    children: dict[str, nn.Module | None] = {}
+    with torch.device(weight_of(layer, names[0]).device):
+        built = {name: _weight(weight, weight_of(layer, name), channel_axis(layer)) for name in names}
+        children["input_quantizer"] = _activation(input)
+        if isinstance(layer, nn.MultiheadAttention):
+            children |= {"key_quantizer": _activation(key), "value_quantizer": _activation(value)}
+    if issubclass(quantized, ManyWeights):
+        children["weight_quantizers"] = nn.ModuleDict({n: q for n, q in built.items() if q is not None})
+    else:
+        children["weight_quantizer"] = built["weight"]
+    _swap_class(layer, quantized)
+    for name, child in children.items():
+        layer.add_module(name, child if child is None else child.train(layer.training))
+    if isinstance(layer, nn.Linear | nn.MultiheadAttention):
+        layer.register_forward_pre_hook(_stay)
     return layer
 
 
-def _build(
-    config: Mapping[str, Any] | None, role: str, axis: int | None = None, size: int | None = None
-) -> Quantizer | None:
-    return None if config is None else build_quantizer(QuantizerSpec.from_config(config), role, axis, size)
+def weight_names(layer: nn.Module) -> list[str]:
+    """Return the names of a layer's weights that are quantized; ``out_proj`` stands for ``out_proj.weight``.
+
+    >>> weight_names(nn.Linear(2, 2)), weight_names(nn.GRU(2, 2))
+    (['weight'], ['weight_ih_l0', 'weight_hh_l0'])
+    """
+    from lightning_compress.quantization.attention import projections_of
+    from lightning_compress.quantization.recurrent import recurrent_names
+
+    if isinstance(layer, nn.RNNBase):
+        return [name for name in recurrent_names(layer) if name.startswith("weight")]
+    return projections_of(layer) if isinstance(layer, nn.MultiheadAttention) else ["weight"]
+
+
+def weight_of(layer: nn.Module, name: str) -> Tensor:
+    """Return a weight by one of :func:`weight_names`."""
+    held = getattr(layer, name)
+    return cast(Tensor, held.weight if isinstance(held, nn.Module) else held)
+
+
+def weight_quantizers_of(layer: nn.Module) -> dict[str, WeightQuantizer]:
+    """Return the quantizers of a layer's weights, by one of :func:`weight_names`; none for a layer without any."""
+    if isinstance(layer, ManyWeights):
+        return {name: cast(WeightQuantizer, q) for name, q in layer.weight_quantizers.items()}
+    if isinstance(layer, QuantizedLayer) and layer.weight_quantizer is not None:
+        return {"weight": cast(WeightQuantizer, layer.weight_quantizer)}
+    return {}
+
+
+def _stay(module: nn.Module, args: Any) -> None:
+    """Do nothing: a hook keeps ``nn.TransformerEncoderLayer`` from a fast path that takes weights as they are."""
+
+
+def _weight(config: Mapping[str, Any] | None, weight: Tensor, axis: int) -> Quantizer | None:
+    if config is None:
+        return None
+    return build_quantizer(QuantizerSpec.from_config(config), "weight", axis, weight.shape[axis])
+
+
+def _activation(config: Mapping[str, Any] | None) -> Quantizer | None:
+    return None if config is None else build_quantizer(QuantizerSpec.from_config(config), "input")
 
 
 def _swap_class(layer: nn.Module, quantized: type[nn.Module]) -> None:

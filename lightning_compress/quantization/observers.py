@@ -85,6 +85,35 @@ class MovingAverage(Observer):
         return torch.lerp(self.low, low, self.spec.momentum), torch.lerp(self.high, high, self.spec.momentum)
 
 
+class MagnitudeObserver(MovingAverage):
+    """A moving average of the extremes, and the mean magnitude, from which learned ranges begin."""
+
+    magnitude: Tensor
+    seen_sum: Tensor
+
+    def __init__(self, spec: QuantizerSpec) -> None:
+        super().__init__(spec)
+        self.register_buffer("magnitude", torch.zeros(()))
+        self.register_buffer("seen_sum", torch.zeros(2), persistent=False)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Note extremes, and the sum of magnitudes."""
+        super().observe(x)
+        self.seen_sum.add_(torch.stack([x.abs().sum(dtype=self.seen_sum.dtype), self.seen_sum.new_tensor(x.numel())]))
+
+    def take(self, extremes: Tensor) -> None:
+        """Move range and magnitude by what all processes have seen."""
+        first, total = not self.ready, self.seen_sum.clone()
+        super().take(extremes)
+        if _many():
+            distributed.all_reduce(total)
+        mean = total[0] / total[1].clamp_min(1)
+        moved = mean if first else torch.lerp(self.magnitude, mean.to(self.magnitude.dtype), self.spec.momentum)
+        self.magnitude.copy_(torch.where(torch.isfinite(mean) & (total[1] > 0), moved, self.magnitude))
+        self.seen_sum.zero_()
+
+
 class HistogramObserver(Observer):
     """A histogram of all that was seen, whose range doubles when a value falls outside."""
 
@@ -165,12 +194,12 @@ def collect(observers: Sequence[Observer]) -> None:
 
 
 def build_observer(spec: QuantizerSpec) -> Observer:
-    """Return an observer for ``spec.range``; learned ranges begin from a moving average.
+    """Return an observer for ``spec.range``; learned ranges begin from a moving average and a mean magnitude.
 
     >>> type(build_observer(QuantizerSpec(range="mse"))).__name__
     'LeastSquaredError'
     """
-    return _OBSERVERS.get(spec.range, MovingAverage)(spec)
+    return _OBSERVERS.get(spec.range, MagnitudeObserver)(spec)
 
 
 _EMPTY = -126

@@ -89,6 +89,9 @@ class Quantizer(nn.Module):
             self.zero_point.copy_(torch.as_tensor(zero_point))
         self.ready, self.observing = True, False
 
+    def keep_positive(self) -> None:
+        """Move learned values that left their range back into it; there are none here."""
+
     def get_extra_state(self) -> Tensor:
         """Return the flags, for the ``state_dict``."""
         return torch.tensor([self.enabled, self.observing, self.ready], dtype=torch.uint8)
@@ -131,9 +134,14 @@ class ActivationQuantizer(Quantizer):
         """Note ``x`` if observing; return it quantized if enabled and ready."""
         if not x.is_floating_point():
             return x
+        self.note(x)
+        return fake_quantize(x, self.scale, self.zero_point, self.bounds) if self.active else x
+
+    def note(self, x: Tensor) -> Tensor:
+        """Let the observer see ``x``, while observing in train mode, and return it."""
         if self.observing and self.training:
             self.observer.observe(x)
-        return fake_quantize(x, self.scale, self.zero_point, self.bounds) if self.active else x
+        return x
 
     @torch.no_grad()
     def take_range(self) -> None:
@@ -202,17 +210,19 @@ class WeightQuantizer(Quantizer):
         self.ready = True
 
 
-def update_ranges(quantizers: Iterable[Any]) -> None:
+def update_ranges(quantizers: Iterable[Any], costly: bool = True) -> None:
     """Turn what activation quantizers have seen since the last call into ranges, over all processes alike.
 
     Args:
         quantizers: Those that observe take part; all processes must give the same ones in the same order.
+        costly: Also move ranges that take long to find (percentile, least squared error).
     """
     moving = [q for q in quantizers if isinstance(q, ActivationQuantizer) and q.observing]
     with torch.no_grad():
         collect([quantizer.observer for quantizer in moving])
         for quantizer in moving:
-            quantizer.take_range()
+            if costly or not quantizer.ready or not quantizer.observer.costly:
+                quantizer.take_range()
 
 
 def quantizers_of(module: nn.Module) -> list[Quantizer]:

@@ -71,6 +71,8 @@ class QuantizerSpec:
             raise ConfigurationError("`range` 'lsq+' learns an offset, which symmetric=True forbids; write 'lsq'")
         if self.range == "dorefa" and not self.symmetric:
             raise ConfigurationError("`range` 'dorefa' is for weights: write symmetric=True")
+        if self.range == "dorefa" and self.bits == 8 and not self.narrow:
+            raise ConfigurationError("`narrow` must be true for 'dorefa' with 8 bits, whose odd integers fit no int8")
 
     @property
     def bounds(self) -> tuple[int, int]:

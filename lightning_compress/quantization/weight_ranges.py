@@ -17,6 +17,12 @@ def peak_of(weight: Tensor, axis: int | None) -> Tensor:
     return exact(torch.maximum(rows.amax(1), -rows.amin(1)))
 
 
+def rows_of(weight: Tensor, axis: int | None) -> Tensor:
+    """Return the weight as a matrix with a row for each channel, in float32 at least; one row if ``axis`` is None."""
+    rows = exact(weight.detach())
+    return rows.reshape(1, -1) if axis is None else rows.movedim(axis, 0).flatten(1)
+
+
 def weight_range(weight: Tensor, spec: QuantizerSpec, axis: int | None) -> tuple[Tensor, Tensor]:
     """Return scale and zero point for a weight by the rule of ``spec.range``.
 
@@ -29,8 +35,7 @@ def weight_range(weight: Tensor, spec: QuantizerSpec, axis: int | None) -> tuple
     >>> weight_range(torch.tensor([1.27, -0.5]), spec, None)
     (tensor(0.0100), tensor(0, dtype=torch.int32))
     """
-    rows = exact(weight.detach())
-    rows = rows.reshape(1, -1) if axis is None else rows.movedim(axis, 0).flatten(1)
+    rows = rows_of(weight, axis)
     low, high = rows.amin(1), rows.amax(1)
     if spec.range == "percentile":
         tail = 1 - spec.percentile / 100

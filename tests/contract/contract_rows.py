@@ -27,6 +27,7 @@ from lightning_compress import (
     LowRank,
     NeuronMerging,
     OptimalBrainCompression,
+    QuantizationAwareTraining,
     Rule,
     Schedule,
     Select,
@@ -303,6 +304,7 @@ def _sparsity(strength: float, *arguments: Any, **more: Any) -> Callable[[], Com
     return lambda: SparsityRegularization(strength, *arguments, schedule=schedule, **more)
 
 
+_CONVOLUTIONAL = ("stem", "depthwise", "grouped", "head")
 _HIDDEN = ("net.layers.1", "net.layers.3")
 _MIDDLE = ("net.depthwise", "net.grouped")
 _CONV3D = Select(types=("Conv3d",))
@@ -351,6 +353,41 @@ ROWS = (
         "Mixed",
         "compress/round",
         nothing=lambda: LotteryTicket(select=Select(types=("Conv3d",))),
+    ),
+    *(
+        Row(
+            f"qat_{name}",
+            build,
+            net,
+            "compress/quantizing",
+            prepared=tuple(("replace", f"net.{path}") for path in layers),
+            nothing=lambda: QuantizationAwareTraining(select=Select(types=("Conv3d",))),
+        )
+        for name, net, layers, build in (
+            ("int8", "Mixed", _CONVOLUTIONAL, QuantizationAwareTraining),
+            (
+                "learned",
+                "Mixed",
+                _CONVOLUTIONAL,
+                lambda: QuantizationAwareTraining({"bits": 3, "range": "lsq"}, {"bits": 3, "range": "pact"}),
+            ),
+            (
+                "sequences",
+                "Sequences",
+                ("embed", "conv", "attend", "recur", "frozen", "decode", "head"),
+                lambda: QuantizationAwareTraining({"bits": 4, "range": "lsq"}, {"range": "lsq+"}, freeze={}),
+            ),
+            (
+                "rules",
+                "MLP",
+                ("layers.1", "layers.3", "head"),
+                lambda: QuantizationAwareTraining(
+                    {"bits": 2, "range": "dorefa", "per_channel": False},
+                    {"bits": 4, "range": "percentile"},
+                    rules={"head": {"include": "net.head", "weights": {"bits": 6, "range": "mse"}}},
+                ),
+            ),
+        )
     ),
     Row("optimal_brain", lambda: OptimalBrainCompression(0.5, [dataset()[:]]), "MLP", "compress/sparsity"),
     Row("fisher_pruning", lambda: FisherPruning(0.5, [dataset()[:]], block=8), "MLP", "compress/sparsity"),
