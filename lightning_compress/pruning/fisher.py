@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.gradients import Loss, sample_gradients
 from lightning_compress.core.run import Layers
 from lightning_compress.core.select import Select
 from lightning_compress.pruning.allocation import choose_masks
-from lightning_compress.pruning.calibration import Loss, sample_gradients
 from lightning_compress.pruning.post_training import FLOOR, PostTrainingPruning
 from lightning_compress.pruning.woodfisher import FisherInverse, woodfisher_saliency, woodfisher_update
 
