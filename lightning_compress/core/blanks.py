@@ -25,6 +25,8 @@ class Blanks(ABC):
     """Layer types the method can work on."""
     needs_training: ClassVar[str] = ""
     """Why the method is no way to compress a trained model at once; empty if it is one."""
+    link: ClassVar[str] = ""
+    """Where the method stands in :data:`~lightning_compress.core.chain.CHAIN`; empty if it may stand anywhere."""
 
     needs_example: ClassVar[bool] = True
     """Whether :meth:`examine` cannot do without one batch; else it may get ``None``."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
+from lightning_compress.core.chain import check_chain
 from lightning_compress.core.clock import callbacks_of
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.schedule import Horizon, Schedule, parse_time
@@ -56,6 +57,7 @@ def check_trainer(callback: CompressionCallback, trainer: Trainer) -> None:
     callbacks = callbacks_of(trainer)
     mine = callbacks.index(callback)
     _check_name(callback, callbacks)
+    check_chain(callbacks, "callbacks")
     for position, other in enumerate(callbacks):
         if other is callback:
             continue

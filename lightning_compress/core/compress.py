@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from lightning_compress.core.chain import check_chain
 from lightning_compress.core.copies import full_copy
 from lightning_compress.core.errors import ConfigurationError
 
@@ -32,7 +33,8 @@ def compress(model: nn.Module, *methods: Method, example_inputs: Any = None, inp
         The compressed module, of the same class as ``model``. ``save_compressed`` writes it to a file.
 
     Raises:
-        ConfigurationError: If no method is given, one is not a method, or one needs example inputs and has none.
+        ConfigurationError: If no method is given, one is not a method, needs example inputs and has none, or would
+            undo an earlier one.
 
     >>> import torch
     >>> from lightning_compress import IterativePruning, compress
@@ -49,6 +51,7 @@ def compress(model: nn.Module, *methods: Method, example_inputs: Any = None, inp
             )
     if not methods:
         raise ConfigurationError("`methods` is empty: give at least one, such as IterativePruning(0.9)")
+    check_chain(methods, "methods")
     compressed = model if inplace else full_copy(model)
     for method in methods:
         method.run_once(compressed, example_inputs)

@@ -78,6 +78,7 @@ class IterativePruning(CompressionCallback):
     '2:4'
     """
 
+    link: ClassVar[str] = "prune"
     supported: ClassVar[tuple[type[nn.Module], ...]] = PRUNABLE
     runs_after: ClassVar[tuple[type[Callback], ...]] = (WeightAveraging, StochasticWeightAveraging)
     conflicts_with: ClassVar[tuple[type[Callback], ...]] = (ModelPruning,)

@@ -58,6 +58,7 @@ class NeuronMerging(CompressionCallback):
     )
     """
 
+    link: ClassVar[str] = "prune"
     supported: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
 
     def __init__(

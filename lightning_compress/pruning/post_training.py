@@ -49,6 +49,7 @@ class PostTrainingPruning(CompressionCallback):
         ConfigurationError: For a value outside its range.
     """
 
+    link: ClassVar[str] = "prune"
     supported: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, *CONVOLUTIONS)
 
     def __init__(

@@ -82,6 +82,7 @@ class DynamicSparseTraining(CompressionCallback):
     0.9
     """
 
+    link: ClassVar[str] = "prune"
     supported: ClassVar[tuple[type[nn.Module], ...]] = PRUNABLE
     runs_after: ClassVar[tuple[type[Callback], ...]] = (WeightAveraging, StochasticWeightAveraging)
     conflicts_with: ClassVar[tuple[type[Callback], ...]] = (ModelPruning, IterativePruning)

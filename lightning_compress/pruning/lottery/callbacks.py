@@ -86,6 +86,7 @@ class LotteryTicket(CompressionCallback):
     0
     """
 
+    link: ClassVar[str] = "prune"
     supported: ClassVar[tuple[type[nn.Module], ...]] = PRUNABLE
     runs_after: ClassVar[tuple[type[Callback], ...]] = (WeightAveraging, StochasticWeightAveraging)
     conflicts_with: ClassVar[tuple[type[Callback], ...]] = (ModelPruning, IterativePruning, DynamicSparseTraining)

@@ -85,6 +85,7 @@ class SparsityRegularization(CompressionCallback):
     '80%'
     """
 
+    link: ClassVar[str] = "prune"
     runs_after: ClassVar[tuple[type[Callback], ...]] = (WeightAveraging, StochasticWeightAveraging)
     conflicts_with: ClassVar[tuple[type[Callback], ...]] = (ModelPruning,)
 
