@@ -48,6 +48,8 @@ from lightning_compress.quantization.assignment import QuantizationRule
 from lightning_compress.quantization.binary.callbacks import Binarization, Ternarization
 from lightning_compress.quantization.callbacks import QuantizationAwareTraining
 from lightning_compress.quantization.fixed_point.callbacks import FixedPointTraining
+from lightning_compress.quantization.sharing import SharingRule, WeightSharing
+from lightning_compress.quantization.soft_sharing import SoftWeightSharing
 
 __version__ = "0.1.0"
 
@@ -82,10 +84,13 @@ __all__ = [
     "Schedule",
     "Select",
     "SelectionError",
+    "SharingRule",
+    "SoftWeightSharing",
     "SparsityRegularization",
     "StrengthRule",
     "StructuredPruning",
     "Ternarization",
+    "WeightSharing",
     "ZeroChannelRemoval",
     "apply",
     "compress",

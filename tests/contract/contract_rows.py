@@ -31,9 +31,11 @@ from lightning_compress import (
     Rule,
     Schedule,
     Select,
+    SoftWeightSharing,
     SparsityRegularization,
     StructuredPruning,
     Ternarization,
+    WeightSharing,
     ZeroChannelRemoval,
     register_kind,
 )
@@ -41,6 +43,7 @@ from lightning_compress.data.order import ResumableLoader
 from lightning_compress.distillation import FitNetsHints, KnowledgeDistillation, Ramp, Term
 from lightning_compress.low_rank.ranking import RankSearch
 from lightning_compress.pruning.structured.latency_search import LatencySearch
+from lightning_compress.quantization.sharing import EntropyConstrained, Fisher, KMeans, SharingRule, Uniform
 
 
 class Mixed(nn.Module):
@@ -299,6 +302,11 @@ def _pruning(final: float = 0.75, every: int = 1, **arguments: Any) -> Callable[
     return lambda: IterativePruning(Schedule(final, end="60%", every={"step": every}), floor=0.02, **arguments)
 
 
+def _sharing(start: int = 5, **arguments: Any) -> Callable[[], CompressionCallback]:
+    schedule = Schedule(1.0, start={"step": start}, shape="once")
+    return lambda: WeightSharing(**{"quantizer": 3, **arguments}, schedule=schedule)
+
+
 def _sparsity(strength: float, *arguments: Any, **more: Any) -> Callable[[], CompressionCallback]:
     schedule = Schedule(1.0, end="60%", every={"step": 1})
     return lambda: SparsityRegularization(strength, *arguments, schedule=schedule, **more)
@@ -523,6 +531,31 @@ ROWS = (
         "Sequences",
         "compress/saturated",
         nothing=lambda: FixedPointTraining(select=_CONV3D),
+    ),
+    *(
+        Row(
+            f"sharing_{name}",
+            _sharing(start, **arguments),
+            net,
+            "compress/bits",
+            nothing=_sharing(select=_CONV3D),
+            beside=(lambda: [_pruning(0.5)()]) if name == "pruned" else list,
+        )
+        for name, net, start, arguments in (
+            ("at_once", "Sequences", 0, {"rules": {"head": SharingRule("net.head", 1)}}),
+            ("pruned", "Mixed", 7, {"quantizer": 2}),
+            ("global", "Sequences", 5, {"quantizer": KMeans(4, init="k-means++"), "scope": "global"}),
+            ("gradients", "Mixed", 5, {"quantizer": EntropyConstrained(2.0), "importance": "gradients"}),
+            ("adam_mean", "MLP", 5, {"quantizer": Uniform(2.5), "importance": "adam", "gradient": "mean"}),
+            ("fisher", "MLP", 5, {"importance": Fisher([dataset()[:]], samples=24)}),
+        )
+    ),
+    Row(
+        "soft_sharing",
+        lambda: SoftWeightSharing(1e-4, 6, rate=0.01, schedule=Schedule(1.0, end="60%", every={"step": 1})),
+        "Sequences",
+        "compress/zeros",
+        nothing=lambda: SoftWeightSharing(1e-4, select=_CONV3D),
     ),
     Row(
         "pruning_distilled",
