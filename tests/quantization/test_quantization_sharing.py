@@ -378,7 +378,7 @@ def test_a_wrong_order_is_refused_by_name() -> None:
         (lambda: Fisher(None), "`batches` is missing"),
         (lambda: Fisher([X], loss=3), "`loss` must be callable"),
         (lambda: compress(Net(), WeightSharing(importance="gradients")), "`compress` does not train"),
-        (lambda: compress(Net(), WeightSharing(rules={"a": SharingRule("frist", 2)})), "rule 'a'.*did you mean"),
+        (lambda: compress(Net(), WeightSharing(rules={"a": SharingRule("firsd", 2)})), "rule 'a'.*did you mean"),
     ],
 )
 def test_errors(build: Callable[[], Any], message: str) -> None:
