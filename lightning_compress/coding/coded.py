@@ -1,4 +1,4 @@
-"""Packings with a code: few distinct values, few weights among zeros, dense numbers plane by plane.
+"""Packings with a code: few distinct values, at all or in a row, few weights among zeros, dense numbers by planes.
 
 Each is one part ``data``: header entries are dear for small tensors. It begins with what says how it is to be read.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_compress.coding import values
 from lightning_compress.coding.blob import Reader, Writer, require
 from lightning_compress.coding.packed import Packed, Packing, Plan, entry_bytes
+from lightning_compress.coding.rows import plan_rows, read_rows
 from lightning_compress.coding.sparse import plan_sparse, read_sparse
 from lightning_compress.coding.words import Words, from_words, to_words, word_bytes
 
@@ -40,6 +41,13 @@ def _plan_values(kind: int, name: str) -> Callable[[Tensor, tuple[int, ...]], Pl
         return None if found is None else _plan(name, tensor, found)
 
     return plan
+
+
+def _plan_rows(tensor: Tensor, allowed: tuple[int, ...]) -> Plan | None:
+    if tensor.numel() * tensor.element_size() < _TINY or tensor.dim() < 2 or tensor.is_complex():
+        return None
+    found = plan_rows(to_words(tensor), tensor.shape[0], allowed)
+    return None if found is None else _plan("rows", tensor, found)
 
 
 def _plan_sparse(tensor: Tensor, allowed: tuple[int, ...]) -> Plan | None:
@@ -77,6 +85,9 @@ def _read(packed: Packed) -> tuple[Reader, Callable[[], Words]]:
     require(n < 2**60, f"a tensor of {n} numbers")
     if packed.packing == "sparse":
         decode = read_sparse(reader, n, dtype).decode
+    elif packed.packing == "rows":
+        require(len(packed.shape) > 1, "rows of a tensor that has none")
+        decode = read_rows(reader, n, packed.shape[0], word_bytes(dtype)).decode
     else:
         decode = values.read_values(reader, n, dtype, _KINDS[packed.packing])
     reader.close()
@@ -101,6 +112,7 @@ CODED: dict[str, Packing] = {
     name: Packing(plan, _decode, _ROLES, _bits, SINCE)
     for name, plan in (
         ("palette", _plan_values(values.PALETTE, "palette")),
+        ("rows", _plan_rows),
         ("sparse", _plan_sparse),
         ("planes", _plan_values(values.PLANES, "planes")),
     )
