@@ -29,6 +29,7 @@ from lightning_compress.run.callbacks import (
     edits_structure,
     give_baseline,
     newest_checkpoints,
+    warn_about_the_idle,
 )
 from lightning_compress.run.folder import RunFolder
 from lightning_compress.run.optimizer import own_optimizer
@@ -134,6 +135,9 @@ def plan_stages(settings: Settings, folder: RunFolder, data: LightningDataModule
     Returns:
         A plan per stage.
     """
+    warn_about_the_idle(
+        settings.callbacks, (name for stage in settings.stages for name in (*stage.callbacks, *stage.apply))
+    )
     outcome = Outcome(build_module(settings))
     plans: dict[str, str] = {}
     known, has_baseline = True, False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,21 @@ def give_baseline(callbacks: Mapping[str, Callback], stage: str, make: Callable[
                 f"`callbacks.{name}.teacher` is 'baseline', but stage {stage!r} runs before there is one; let it come "
                 "after the stage that `baseline_after` names, give `model.checkpoint`, or name another teacher"
             )
+
+
+def warn_about_the_idle(callbacks: Iterable[str], used: Iterable[str]) -> None:
+    """Say which callbacks of a configuration take part in no stage, as one chosen for a recipe that lists others.
+
+    Args:
+        callbacks: All, by name.
+        used: Those of the stages.
+    """
+    for name in sorted(set(callbacks) - set(used)):
+        log.warning(
+            "callbacks.%s takes part in no stage and does nothing; name it in the `callbacks` (or `apply`) of a stage, "
+            "such as stages.NAME.callbacks=[%s]",
+            *(name, name),
+        )
 
 
 def edits_structure(callback: Callback) -> bool:

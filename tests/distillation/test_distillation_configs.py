@@ -89,6 +89,15 @@ def test_a_recipe_prunes_under_its_own_baseline(tmp_path: Path, capsys: pytest.C
     assert "kd" in capsys.readouterr().out
 
 
+def test_a_teacher_that_no_stage_names_is_not_idle_in_silence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, "stages.prune.callbacks=[prune]", "stages.finetune.callbacks=[prune]", "task=plan") == 0
+    shown = capsys.readouterr()
+    assert "callbacks.distill takes part in no stage and does nothing" in shown.out + shown.err
+    assert "callbacks.prune takes part in no stage" not in shown.out + shown.err
+
+
 def test_a_baseline_before_there_is_one_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "+stages.train.callbacks=[distill]") != 0
     assert "`callbacks.distill.teacher` is 'baseline', but stage 'train' runs before" in capsys.readouterr().err
