@@ -24,7 +24,8 @@ class Term:
     Args:
         loss: What is compared, and how.
         weight: What it is multiplied with, at least 0; a :class:`Ramp` changes it. At 0 it costs nothing.
-        pairs: Which layers, for losses on features: ``"layer*"``, ``["layer1", "layer2"]`` or ``{student: teacher}``.
+        pairs: Which layers, for losses on features: ``"layer*"``, ``["layer1", "layer2"]``, ``[[student, teacher]]`` or
+            ``{student: teacher}``; LightningCLI splits keys at dots, so give it one of the others.
         temperature: Its own, above 0; ``None`` takes that of the whole objective.
 
     Raises:
