@@ -5,8 +5,10 @@ The interface of the family, one layer at a time (a callback or a search puts it
 - :data:`~lightning_compress.low_rank.methods.METHODS`: the methods by name; ``"auto"`` picks one for each layer.
 - :func:`why_not`: why a method does not fit a layer; :func:`best_method`: what ``"auto"`` means for it.
 - :func:`full_ranks`: the ranks at which a method is exact. Ranks count channels over all groups of a layer.
+- :func:`usable_ranks`: the nearest ranks below some wish that a layer can have.
 - :func:`cost`: parameters and multiply-accumulate operations at given ranks, from shapes alone, in microseconds.
 - :func:`spectra`: the singular values that a rank is chosen by (energy, variational Bayes).
+- :func:`second_moment`: of what a layer sees, summed over calibration batches, for activation-aware SVD.
 - :func:`factorize`: the factors of a trained layer, with their relative error. The result's ``edit(path)`` is what
   the ``apply`` of a model takes: it puts exactly these factors there. ``structure`` gives untrained ones.
 - ``Factorized.to_dense()`` multiplies factors out (verb ``bake``); ``fold_batch_norm`` folds batch norm between them.
@@ -14,6 +16,7 @@ The interface of the family, one layer at a time (a callback or a search puts it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,11 +25,13 @@ from torch import Tensor, nn
 
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.journal import Edit
+from lightning_compress.core.patches import layer_patches
 from lightning_compress.core.verbs import layout_of
 from lightning_compress.low_rank.kinds import KIND, check, hand_over, structure
 from lightning_compress.low_rank.layers import Factorized, factor_shapes, norm_reason
 from lightning_compress.low_rank.matrix import as_float, norm
-from lightning_compress.low_rank.methods import METHODS, Ranks, automatic, method_named
+from lightning_compress.low_rank.method import Effort, Method, Ranks
+from lightning_compress.low_rank.methods import METHODS, automatic, method_named
 from lightning_compress.low_rank.shapes import LAYERS, LayerShape, blocks_of, own_tensors, shape_of, weight_of
 
 __all__ = [
@@ -39,8 +44,10 @@ __all__ = [
     "dense_cost",
     "factorize",
     "full_ranks",
+    "second_moment",
     "spectra",
     "structure",
+    "usable_ranks",
     "why_not",
 ]
 
@@ -67,12 +74,14 @@ class Factorization:
     Attributes:
         layer: The layer itself, unchanged.
         module: What can stand in its place.
-        error: :math:`\lVert W - \hat W \rVert_F / \lVert W \rVert_F`, 0 to 1.
+        error: :math:`\lVert W - \hat W \rVert_F / \lVert W \rVert_F`; 0 to 1, unless a moment was given.
+        output_error: The same of the layer's outputs (without bias) over the inputs whose moment was given.
     """
 
     layer: nn.Module
     module: Factorized
     error: float
+    output_error: float | None = None
 
     def edit(self, path: str) -> Edit:
         """Return the edit that puts ``module`` in place of ``layer``; ``path`` is where that is in the model."""
@@ -113,6 +122,17 @@ def full_ranks(layer: nn.Module | LayerShape, method: str = "auto") -> Ranks:
     return method_named(chosen).full_ranks(shape)
 
 
+def usable_ranks(layer: nn.Module | LayerShape, method: str, ranks: Sequence[int]) -> Ranks:
+    """Return the largest ranks a layer can have that are at most ``ranks``, and at least one for each group.
+
+    >>> usable_ranks(nn.Conv2d(8, 8, 3, groups=2), "tucker", [7, 100])
+    (6, 8)
+    """
+    shape, chosen = _resolve(layer, method)
+    rounded = tuple(max(rank // shape.groups, 1) * shape.groups for rank in ranks)
+    return method_named(chosen).usable(shape, rounded)
+
+
 def cost(
     layer: nn.Module | LayerShape,
     method: str = "auto",
@@ -135,7 +155,7 @@ def cost(
     """
     shape, chosen = _resolve(layer, method)
     factors = factor_shapes(shape, chosen, tuple(ranks), batch_norm)
-    return _total(factors, size, batch_norm)
+    return _total(shape, factors, size, batch_norm)
 
 
 def dense_cost(layer: nn.Module | LayerShape, size: Sequence[int] = ()) -> Cost:
@@ -144,12 +164,13 @@ def dense_cost(layer: nn.Module | LayerShape, size: Sequence[int] = ()) -> Cost:
     >>> dense_cost(nn.Linear(8, 4))
     Cost(parameters=36, weights=32, macs=32)
     """
-    return _total((layer if isinstance(layer, LayerShape) else shape_of(layer),), size)
+    shape = layer if isinstance(layer, LayerShape) else shape_of(layer)
+    return _total(shape, (shape,), size)
 
 
-def _total(factors: Sequence[LayerShape], size: Sequence[int], batch_norm: bool = False) -> Cost:
+def _total(whole: LayerShape, factors: Sequence[LayerShape], size: Sequence[int], batch_norm: bool = False) -> Cost:
     weights = sum(factor.parameters - (factor.outputs if factor.bias else 0) for factor in factors)
-    more = sum(factor.outputs for factor in factors if factor.bias)
+    more = whole.outputs if whole.bias else 0
     more += sum(2 * factor.outputs for factor in factors[:-1]) if batch_norm else 0
     macs = 0
     for factor in factors:
@@ -168,19 +189,18 @@ def spectra(layer: nn.Module, method: str = "auto") -> tuple[Tensor, ...]:
     shape, chosen = _resolve(layer, method)
     check_method(shape, chosen)
     blocks = blocks_of(as_float(own_tensors(layer)["weight"]), shape)
-    per_group = [[_singular_values(m) for m in method_named(chosen).unfoldings(block)] for block in blocks]
+    per_group = [method_named(chosen).spectra(block) for block in blocks]
     return tuple(torch.stack(values) for values in zip(*per_group, strict=True))
-
-
-def _singular_values(matrix: Tensor) -> Tensor:
-    thin = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
-    exact = thin.double() if thin.shape[0] <= 2048 else thin
-    return torch.linalg.eigvalsh(exact @ exact.t()).clamp(min=0).sqrt().flip(0).to(matrix.dtype)
 
 
 @torch.no_grad()
 def factorize(
-    layer: nn.Module, method: str = "auto", ranks: Sequence[int] = (), batch_norm: bool = False
+    layer: nn.Module,
+    method: str = "auto",
+    ranks: Sequence[int] = (),
+    batch_norm: bool = False,
+    moment: Tensor | None = None,
+    steps: int | None = None,
 ) -> Factorization:
     """Return the factors of a trained layer.
 
@@ -192,6 +212,9 @@ def factorize(
         method: Name of the method, or ``"auto"``.
         ranks: As the method counts them, over all groups.
         batch_norm: Put a batch norm after each factor but the last, which starts as the identity.
+        moment: Of the layer's inputs, (groups, n, n), see :func:`second_moment`: ``svd`` and ``channel_svd`` then keep
+            the outputs as they are for such inputs (activation-aware SVD), not the weights.
+        steps: Iterations at most of Tucker and CP; by default what they think is enough.
 
     Raises:
         ConfigurationError: If the method or the ranks do not fit the layer, or its weight is not finite.
@@ -212,15 +235,67 @@ def factorize(
     weight = as_float(own_tensors(layer)["weight"])
     if not bool(torch.isfinite(weight).all()):
         raise ConfigurationError("the weight holds infinite or undefined numbers; factors need finite ones")
-    blocks = blocks_of(weight, shape)
-    algebra = method_named(chosen)
+    blocks, algebra = blocks_of(weight, shape), method_named(chosen)
+    moments = _moments(moment, shape, algebra)
     inner = tuple(rank // shape.groups for rank in ranks)
-    split = [algebra.split(block, inner) for block in blocks]
-    off = [norm(block - algebra.merge(parts)) for block, parts in zip(blocks, split, strict=True)]
+    split, off = [], []
+    for block, seen in zip(blocks, moments, strict=True):
+        split.append(algebra.split(block, inner, Effort(seen, steps)))
+        off.append(block - algebra.merge(split[-1], shape))
     module = structure(layer, chosen, ranks, batch_norm, device="meta")
     _fill(module, [torch.stack(parts) for parts in zip(*split, strict=True)], own_tensors(layer)["weight"])
-    whole = norm(weight)
-    return Factorization(layer, module, sum(value**2 for value in off) ** 0.5 / whole if whole else 0.0)
+    seen_error = None if moment is None else _ratio(off, list(blocks), moments)
+    return Factorization(layer, module, _ratio(off, list(blocks), [None] * len(off)), seen_error)
+
+
+def second_moment(layer: nn.Module, inputs: Tensor) -> Tensor:
+    r"""Return :math:`\sum x x^\top` of what each output of a layer sees; add up over batches.
+
+    Args:
+        layer: Linear or Conv1d/2d/3d.
+        inputs: What the layer was called with.
+
+    Returns:
+        (groups, n, n) in float64, n the inputs (of a group) times the kernel's size.
+
+    >>> second_moment(nn.Linear(2, 1), torch.tensor([[1.0, 2.0], [0.0, 1.0]])).tolist()
+    [[[1.0, 2.0], [2.0, 5.0]]]
+    """
+    rows = layer_patches(layer, inputs.detach()).double()
+    return rows.transpose(1, 2) @ rows
+
+
+def _moments(moment: Tensor | None, shape: LayerShape, method: Method) -> list[Tensor | None]:
+    """Return the moment of each group."""
+    if moment is None:
+        return [None] * shape.groups
+    if not method.uses_moment or shape.kind not in ("linear", "conv"):
+        raise ConfigurationError(
+            f"`moment` is for 'svd' and 'channel_svd' of Linear and convolutions, not for {method.name!r} of "
+            f"{shape.kind} layers; leave it out"
+        )
+    size = shape.inputs // shape.groups * math.prod(shape.kernel)
+    if tuple(moment.shape) != (shape.groups, size, size):
+        raise ConfigurationError(
+            f"`moment` must be of shape {(shape.groups, size, size)} for this layer, got {tuple(moment.shape)}; "
+            "take it from `second_moment(layer, inputs)`"
+        )
+    if not bool(torch.isfinite(moment).all()):
+        raise ConfigurationError("`moment` holds infinite or undefined numbers; check the calibration inputs")
+    return list(moment)
+
+
+def _ratio(off: Sequence[Tensor], whole: Sequence[Tensor], moments: Sequence[Tensor | None]) -> float:
+    size = sum(_energy(block, moment) for block, moment in zip(whole, moments, strict=True))
+    lost = sum(_energy(block, moment) for block, moment in zip(off, moments, strict=True))
+    return math.sqrt(max(lost, 0.0) / size) if size > 0 else 0.0
+
+
+def _energy(block: Tensor, moment: Tensor | None) -> float:
+    if moment is None:
+        return norm(block) ** 2
+    rows = block.flatten(1).double()
+    return float(((rows @ moment.double().to(rows.device)) * rows).sum())
 
 
 def _fill(module: Factorized, blocks: list[Tensor], like: Tensor) -> None:
@@ -234,7 +309,7 @@ def _fill(module: Factorized, blocks: list[Tensor], like: Tensor) -> None:
     for bn in module.norms():
         bn.to_empty(device=like.device)
         bn.reset_parameters()
-        bn.running_var.fill_(1 - bn.eps)
+        nn.init.constant_(bn.get_buffer("running_var"), 1 - bn.eps)
 
 
 def check_method(shape: LayerShape, method: str) -> None:

@@ -74,7 +74,8 @@ def _path(layer: nn.Module, method: str, shape: LayerShape) -> tuple[list[Ranks]
         inner = [int((tail > level + 1e-12).sum()) + 1 for tail in tails]
         kept = [min(rank, len(tail)) for rank, tail in zip(inner, tails, strict=True)]
         lost = sum(max(0.0, float(tail[rank - 1])) for rank, tail in zip(kept, tails, strict=True))
-        found[tuple(shape.groups * rank for rank in kept)] = min(1.0, lost)
+        ranks = method_named(method).usable(shape, tuple(shape.groups * rank for rank in kept))
+        found[ranks] = min(1.0, lost, found.get(ranks, 1.0))
     return list(found), np.minimum.accumulate(np.array(list(found.values())))
 
 

@@ -11,10 +11,11 @@ from torch import nn
 
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.verbs import register_kind
-from lightning_compress.low_rank.layers import Factorized, factor_shapes, norm_reason
+from lightning_compress.low_rank.layers import Factorized, container, factor_shapes, norm_reason
 from lightning_compress.low_rank.matrix import as_float
 from lightning_compress.low_rank.merging import absorb, affine_of
-from lightning_compress.low_rank.methods import Ranks, method_named
+from lightning_compress.low_rank.method import Ranks
+from lightning_compress.low_rank.methods import method_named
 from lightning_compress.low_rank.shapes import LayerShape, own_tensors, shape_of
 
 KIND = "low_rank"
@@ -65,10 +66,10 @@ def structure(
     shape = shape_of(layer)
     check(shape, method, ranks, batch_norm)
     weight, bias = own_tensors(layer)["weight"], own_tensors(layer).get("bias")
-    module = Factorized(shape, method, ranks, batch_norm, device or weight.device, weight.dtype)
+    module = container(shape, method)(shape, method, ranks, batch_norm, device or weight.device, weight.dtype)
     module.requires_grad_(weight.requires_grad)
     if bias is not None:
-        module.layers()[-1].bias = bias
+        module.take_bias(bias)
     return module.train(layer.training)
 
 
@@ -78,15 +79,13 @@ def check(shape: LayerShape, method: str, ranks: Ranks, batch_norm: bool = False
     reason = chosen.reason(shape) or (norm_reason(shape) if batch_norm else "")
     if reason:
         raise ConfigurationError(f"{method!r} does not fit this layer: {reason}")
-    full = chosen.full_ranks(shape)
-    if len(ranks) != len(full):
-        raise ConfigurationError(f"`ranks` of {method!r} are {chosen.rank_names}, got {list(ranks)}")
-    for rank, most in zip(ranks, full, strict=True):
-        if type(rank) is not int or not 1 <= rank <= most or rank % shape.groups:
-            step = f" that are multiples of the {shape.groups} groups" if shape.groups > 1 else ""
-            raise ConfigurationError(
-                f"`ranks` of {method!r} must be whole numbers up to {list(full)} here{step}, got {list(ranks)}"
-            )
+    whole = all(type(rank) is int and rank >= 1 and rank % shape.groups == 0 for rank in ranks)
+    if not whole or chosen.usable(shape, ranks) != ranks:
+        most = chosen.usable(shape, ranks) if whole else chosen.full_ranks(shape)
+        step = f" that are multiples of the {shape.groups} groups" if shape.groups > 1 else ""
+        raise ConfigurationError(
+            f"`ranks` of {method!r} must be whole numbers up to {list(most)} here{step}, got {list(ranks)}"
+        )
 
 
 @register_kind("replace", FOLDED_KIND)

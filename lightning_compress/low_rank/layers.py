@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.low_rank.matrix import as_float
-from lightning_compress.low_rank.merging import NORMS, absorb, affine_of, multiply
-from lightning_compress.low_rank.methods import Ranks, method_named
+from lightning_compress.low_rank.merging import NORMS, Norm, absorb, affine_of, multiply
+from lightning_compress.low_rank.method import Ranks
+from lightning_compress.low_rank.methods import method_named
 from lightning_compress.low_rank.shapes import LayerShape, own_tensors, shape_of, weight_of
+from lightning_compress.low_rank.trains import digits
 
 
 class Factorized(nn.Module):
@@ -63,6 +65,14 @@ class Factorized(nn.Module):
         output: Tensor = self.factors(x)
         return output
 
+    def take_bias(self, bias: nn.Parameter) -> None:
+        """Add a bias Parameter of the layer to the outputs."""
+        self.layers()[-1].bias = bias
+
+    def own_bias(self) -> nn.Parameter | None:
+        """Return the bias Parameter of the layer, if it has one."""
+        return own_tensors(self.layers()[-1]).get("bias")
+
     def extra_repr(self) -> str:
         """Return method and ranks."""
         return f"{self.method}, ranks={list(self.ranks)}"
@@ -75,9 +85,13 @@ class Factorized(nn.Module):
         """Return the factors, without the batch norm between them."""
         return [part for part in self.factors if not isinstance(part, NORMS)]
 
-    def norms(self) -> list[nn.Module]:
+    def norms(self) -> list[Norm]:
         """Return the batch norms between the factors, if any."""
-        return [part for part in self.factors if isinstance(part, NORMS)]
+        return [part for part in self.factors if isinstance(part, Norm)]
+
+    def ends(self, shapes: Sequence[LayerShape]) -> tuple[int, int]:
+        """Return inputs and outputs of the whole layer, from the shapes of its factors."""
+        return shapes[0].inputs, shapes[-1].outputs
 
     @torch.no_grad()
     def to_dense(self) -> nn.Module:
@@ -91,20 +105,72 @@ class Factorized(nn.Module):
         """
         layers = [layer.to_dense() if isinstance(layer, Factorized) else layer for layer in self.layers()]
         shapes = [shape_of(layer) for layer in layers]
-        weight, bias = own_tensors(layers[0])["weight"], own_tensors(layers[-1]).get("bias")
+        weight, bias = own_tensors(layers[0])["weight"], self.own_bias()
         factors = [as_float(own_tensors(layer)["weight"]) for layer in layers]
         norms = [affine_of(norm) for norm in self.norms()]
         if norms:
             factors, shift = absorb(factors, shapes, norms)
             moved = shift if bias is None else shift + bias
             bias = nn.Parameter(moved.to(weight.dtype), requires_grad=weight.requires_grad)
-        whole = replace(self.shape, inputs=shapes[0].inputs, outputs=shapes[-1].outputs, bias=bias is not None)
+        inputs, outputs = self.ends(shapes)
+        whole = replace(self.shape, inputs=inputs, outputs=outputs, bias=bias is not None)
         dense = whole.build("meta")
-        value = weight_of(multiply(self.method, factors, shapes), whole).to(weight.dtype).contiguous()
+        value = weight_of(multiply(self.method, factors, shapes, whole), whole).to(weight.dtype).contiguous()
         dense.weight = nn.Parameter(value, requires_grad=weight.requires_grad)
         if bias is not None:
             dense.bias = bias
         return dense.train(self.training)
+
+
+class FactorizedTrain(Factorized):
+    """A Linear as a train of small ones (:class:`~lightning_compress.low_rank.trains.MatrixTrain`), each for one digit.
+
+    Its width cannot be cut, because inputs and outputs are numbered by digits.
+
+    >>> layer = FactorizedTrain(LayerShape("linear", 784, 256), "tt", (8, 8))
+    >>> layer(torch.zeros(2, 784)).shape, sum(weight.numel() for weight in layer.parameters())
+    (torch.Size([2, 256]), 5216)
+    """
+
+    def __init__(
+        self,
+        shape: LayerShape,
+        method: str,
+        ranks: Sequence[int],
+        batch_norm: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(replace(shape, bias=False), method, ranks, batch_norm, device, dtype)
+        self.bias = nn.Parameter(torch.zeros(shape.outputs, device=device, dtype=dtype)) if shape.bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take one digit of the inputs after the other for one of the outputs."""
+        outs, ins = digits(self.shape, len(self.factors))
+        state, before = x.reshape(-1, 1, 1, self.shape.inputs), 1  # (rows, outputs so far, rank, inputs still to come)
+        for factor, o, i in zip(self.factors, outs, ins, strict=True):
+            state = state.reshape(*state.shape[:2], before, i, -1).permute(0, 1, 4, 2, 3).flatten(3)
+            state = factor(state).unflatten(3, (o, -1)).permute(0, 1, 3, 4, 2).flatten(1, 2)
+            before = state.shape[2]
+        output = state.reshape(*x.shape[:-1], self.shape.outputs)
+        return output if self.bias is None else output + self.bias
+
+    def take_bias(self, bias: nn.Parameter) -> None:
+        """Add a bias Parameter of the layer to the outputs."""
+        self.bias = bias
+
+    def own_bias(self) -> nn.Parameter | None:
+        """Return the bias Parameter of the layer, if it has one."""
+        return self.bias
+
+    def ends(self, shapes: Sequence[LayerShape]) -> tuple[int, int]:
+        """Return inputs and outputs of the layer, which stay what they were."""
+        return self.shape.inputs, self.shape.outputs
+
+
+def container(shape: LayerShape, method: str) -> type[Factorized]:
+    """Return the module class for a method and a layer."""
+    return FactorizedTrain if method == "tt" and shape.kind == "linear" else Factorized
 
 
 def factor_shapes(shape: LayerShape, method: str, ranks: Ranks, batch_norm: bool = False) -> tuple[LayerShape, ...]:

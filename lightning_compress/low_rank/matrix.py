@@ -38,30 +38,71 @@ def gram_vectors(matrix: Tensor, rank: int) -> Tensor:
     return vectors[:, -rank:].flip(1).to(matrix.dtype)
 
 
-def split_matrix(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def singular_values(matrix: Tensor) -> Tensor:
+    """Return the singular values of a matrix, falling.
+
+    >>> singular_values(torch.tensor([[0.0, 2.0], [3.0, 0.0]])).tolist()
+    [3.0, 2.0]
+    """
+    thin = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
+    exact = thin.double() if thin.shape[0] <= _EXACT_UP_TO else thin
+    values: Tensor = torch.linalg.eigvalsh(exact @ exact.t())
+    return values.clamp(min=0).sqrt().flip(0).to(matrix.dtype)
+
+
+def split_matrix(matrix: Tensor, rank: int, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""Return the two factors of the best approximation of a given rank (truncated SVD, Eckart and Young 1936).
 
     .. math:: W \approx B A, \qquad B = U_k S_k^{1/2}, \quad A = S_k^{1/2} V_k^\top
 
-    :math:`A` is computed as a projection :math:`U_k^\top W`, so that a full rank gives back the matrix itself.
+    One factor is a projection of the matrix (:math:`U_k^\top W`), so that a full rank gives back the matrix itself.
+    With the second moment :math:`M = \mathrm{E}\, x x^\top` of the inputs the error of the outputs is minimal instead,
+    :math:`\lVert (W - B A) M^{1/2} \rVert_F` (whitening; Wang et al. 2024, arXiv 2403.07378). Directions in which there
+    are no inputs count a little, so that M may be singular.
 
     Args:
         matrix: (m, n).
         rank: 1 to min(m, n).
+        moment: (n, n), of any scale; or nothing.
 
     Returns:
-        B (m, rank) and A (rank, n).
+        B (m, rank) and A (rank, n), with norms that are even.
 
     >>> left, right = split_matrix(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), 1)
     >>> [[round(value, 6) for value in row] for row in (left @ right).tolist()]
     [[3.0, 0.0], [0.0, 0.0]]
+    >>> left, right = split_matrix(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), 1, torch.diag(torch.tensor([0.01, 1.0])))
+    >>> [[round(value, 6) for value in row] for row in (left @ right).tolist()]
+    [[0.0, 0.0], [0.0, 1.0]]
     """
-    values = as_float(matrix)
-    if values.shape[0] > values.shape[1]:
-        right, left = split_matrix(values.t(), rank)
+    if moment is not None:
+        return _split_whitened(matrix, rank, moment)
+    if matrix.shape[0] > matrix.shape[1]:
+        right, left = split_matrix(matrix.t(), rank)
         return left.t(), right.t()
-    left = gram_vectors(values, rank)
-    return balance(left, left.t() @ values)
+    left = gram_vectors(matrix, rank)
+    return balance(left, left.t() @ matrix)
+
+
+_UNSEEN = 1e-6
+"""Weight of directions without inputs, relative to the mean of all."""
+
+
+def _split_whitened(matrix: Tensor, rank: int, moment: Tensor) -> tuple[Tensor, Tensor]:
+    exact, second = matrix.double(), moment.double().to(matrix.device)
+    usual = float(second.diagonal().mean())
+    second = second / usual if usual > 0 else torch.zeros_like(second)
+    root = torch.linalg.cholesky(second + _UNSEEN * torch.eye(len(second), dtype=second.dtype, device=second.device))
+    white = exact @ root
+    if white.shape[0] <= white.shape[1]:
+        left = gram_vectors(white, rank)
+        right = left.t() @ exact
+    else:
+        turned = gram_vectors(white.t(), rank)
+        left = white @ turned
+        right = torch.linalg.solve_triangular(root, turned.t(), upper=False, left=False)
+    left, right = balance(left, right)
+    return left.to(matrix.dtype), right.to(matrix.dtype)
 
 
 def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,6 +35,7 @@ class LayerShape:
         groups: Blocks that do not see each other.
         padding_mode: As in ``nn.Conv2d``.
         bias: Whether there is one.
+        runs: How often it runs for each row of the whole layer's input.
         options: Further arguments of ``nn.Embedding``.
     """
 
@@ -49,6 +50,7 @@ class LayerShape:
     groups: int = 1
     padding_mode: str = "zeros"
     bias: bool = False
+    runs: int = 1
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
@@ -83,7 +85,7 @@ class LayerShape:
         if self.kind == "embedding":
             return 0
         positions = size if self.kind == "conv_transpose" else self.output_size(size)
-        return math.prod(positions) * (self.parameters - (self.outputs if self.bias else 0))
+        return self.runs * math.prod(positions) * (self.parameters - (self.outputs if self.bias else 0))
 
     def build(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
         """Return an ordinary torch layer of this shape."""
@@ -92,11 +94,19 @@ class LayerShape:
             return nn.Linear(self.inputs, self.outputs, self.bias, **where)
         if self.kind == "embedding":
             return nn.Embedding(self.inputs, self.outputs, **self.options, **where)
-        more = {"dilation": self.dilation, "groups": self.groups, "bias": self.bias, "padding_mode": self.padding_mode}
-        place = (self.inputs, self.outputs, self.kernel, self.stride, self.padding)
+        more: dict[str, Any] = {
+            "dilation": self.dilation,
+            "groups": self.groups,
+            "bias": self.bias,
+            "padding_mode": self.padding_mode,
+        }
+        place: tuple[Any, ...] = (self.inputs, self.outputs, self.kernel, self.stride, self.padding)
         if self.kind == "conv":
-            return _CONVS[len(self.kernel) - 1](*place, **more, **where)
-        return _TRANSPOSED[len(self.kernel) - 1](*place, output_padding=self.output_padding, **more, **where)
+            make: Callable[..., nn.Module] = _CONVS[len(self.kernel) - 1]
+        else:
+            make = _TRANSPOSED[len(self.kernel) - 1]
+            more["output_padding"] = self.output_padding
+        return make(*place, **more, **where)
 
 
 def shape_of(layer: nn.Module) -> LayerShape:

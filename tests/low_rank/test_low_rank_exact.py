@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.cost import count_macs
-from lightning_compress.low_rank.decompose import METHODS, cost, dense_cost, factorize, full_ranks, why_not
+from lightning_compress.low_rank.decompose import (
+    METHODS,
+    cost,
+    dense_cost,
+    factorize,
+    full_ranks,
+    usable_ranks,
+    why_not,
+)
 from lightning_compress.low_rank.kinds import build_factorized
 
 CONVS: list[tuple[str, Any, dict[str, Any], tuple[int, ...]]] = [
@@ -75,10 +83,32 @@ def test_full_rank_reproduces_the_layer(method: str, kind: Any, config: dict[str
 @pytest.mark.parametrize(("method", "kind", "config", "size"), fitting())
 def test_costs_are_those_of_the_modules(method: str, kind: Any, config: dict[str, Any], size: tuple[int, ...]) -> None:
     layer = layer_of(kind, config)
-    ranks = tuple(max(layer.groups, rank // 2 // layer.groups * layer.groups) for rank in full_ranks(layer, method))
+    ranks = usable_ranks(layer, method, [rank // 2 for rank in full_ranks(layer, method)])
     module = build_factorized(layer, method, ranks)
     expected = cost(layer, method, ranks, size)
     assert sum(p.numel() for p in module.parameters()) == expected.parameters
     x = torch.zeros(1, 4, *size)
     assert count_macs(module, x).total == expected.macs
     assert count_macs(layer, x).total == dense_cost(layer, size).macs
+
+
+@pytest.mark.parametrize(("inputs_", "outputs"), [(12, 20), (20, 12), (7, 7), (1, 5), (30, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("method", ["svd", "tt"])
+def test_full_rank_reproduces_linear_layers(method: str, bias: bool, inputs_: int, outputs: int) -> None:
+    layer = nn.Linear(inputs_, outputs, bias=bias)
+    found = factorize(layer, method, full_ranks(layer, method))
+    x = torch.randn(3, 4, inputs_)
+    torch.testing.assert_close(found.module(x), layer(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.module(x[0, 0]), layer(x[0, 0]), atol=1e-5, rtol=1e-5)
+    dense = found.module.to_dense()
+    torch.testing.assert_close(dense(x), layer(x), atol=1e-5, rtol=1e-5)
+    assert dense.bias is layer.bias
+    assert count_macs(found.module, x).total == 12 * cost(layer, method, found.module.ranks).macs
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_trains_of_any_length(count: int) -> None:
+    layer = nn.Linear(48, 36)
+    ranks = usable_ranks(layer, "tt", [10_000] * count)
+    torch.testing.assert_close(factorize(layer, "tt", ranks).module.to_dense().weight, layer.weight, atol=1e-5, rtol=0)
