@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.errors import ConfigurationError, SelectionError
+from lightning_compress.core.examples import own_example
 from lightning_compress.core.journal import Edit
 from lightning_compress.core.paths import named_layers
 from lightning_compress.core.plan import PlanRow
@@ -20,10 +21,11 @@ from lightning_compress.core.run import Layers
 from lightning_compress.core.schedule import Time
 from lightning_compress.core.select import Select, Selection
 from lightning_compress.quantization.assignment import Assignment, QuantizationRule, SpecLike, make_settings
-from lightning_compress.quantization.layers import CLASSES, why_not
+from lightning_compress.quantization.layers import CLASSES, own_quantizers, why_not
 from lightning_compress.quantization.phases import make_phases
 from lightning_compress.quantization.preparation import holds_padding, plan_rows, prepare_edits
-from lightning_compress.quantization.quantizer import Quantizer, quantizers_of, update_ranges
+from lightning_compress.quantization.quantizer import Quantizer, update_ranges
+from lightning_compress.quantization.sites import Sites, find_sites, is_prepared, sites_of
 from lightning_compress.quantization.states import begin, enforce_state, follow, mean_bits, refresh
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -93,6 +95,7 @@ class QuantizationAwareTraining(CompressionCallback):
         built = build_rules(rules, QuantizationRule)
         self.settings = make_settings(weights, activations, built, ends)
         self._assigned: dict[str, Assignment] = {}
+        self._sites = Sites()
         self._norms: tuple[str, ...] = ()
         self._encoders: tuple[str, ...] = ()
         self._fresh = False
@@ -118,12 +121,15 @@ class QuantizationAwareTraining(CompressionCallback):
         everything = named_layers(root)
         self._norms = tuple(path for path, layer in everything.items() if isinstance(layer, NORMS))
         self._encoders = tuple(path for path, layer in everything.items() if holds_padding(layer, self._assigned, path))
-        chosen = {*self._assigned, *self._norms}
+        prepared = is_prepared(root, self._assigned)
+        general = self.settings.activations
+        self._sites = sites_of(root) if prepared else find_sites(root, self._assigned, general, own_example(root))
+        chosen = {*self._assigned, *self._sites.outputs, *self._norms}
         return Selection({path: layer for path, layer in everything.items() if path in chosen}, left)
 
     def prepare(self, layers: Layers) -> Iterable[Edit]:
         """Give each layer its quantizers, once."""
-        return prepare_edits(layers, self._assigned, self._encoders)
+        return prepare_edits(layers, self._assigned, self._sites, self._encoders)
 
     def plan(self, layers: Layers) -> list[PlanRow]:
         """Return a row for each layer; refuse learned ranges that no optimizer trains."""
@@ -134,14 +140,14 @@ class QuantizationAwareTraining(CompressionCallback):
             for group in optimizer.param_groups
             for p in group["params"]
         }
-        for path in self._assigned:
-            for quantizer in quantizers_of(layers[path]):
+        for path in self._quantized:
+            for quantizer in own_quantizers(layers[path]):
                 if any(p.requires_grad and id(p) not in held for p in quantizer.parameters()):
                     raise ConfigurationError(
                         f"the learned range of {path!r} is in no optimizer: `configure_optimizers` must take all of "
                         "`self.parameters()`, or those of this layer; or choose an observed `range`"
                     )
-        return plan_rows(layers, self._assigned)
+        return plan_rows(layers, self._assigned, self._sites)
 
     def attach_values(self, layers: Layers) -> None:
         """Let quantizers observe, or be as far as a checkpoint says."""
@@ -173,12 +179,12 @@ class QuantizationAwareTraining(CompressionCallback):
     def enforce_state(self, state_dict: dict[str, Any]) -> None:
         """Put the flags, and consistent ranges, into a ``state_dict`` that may hold averages."""
         if self._run is not None:
-            enforce_state(state_dict, {path: self._run.layers[path] for path in self._assigned})
+            enforce_state(state_dict, {path: self._run.layers[path] for path in self._quantized})
 
     def update(self, layers: Layers, amount: float) -> None:
         """Begin what the schedule says: quantization, frozen ranges, frozen batch norms."""
         begun = self.phases.begun(amount)
-        for path in self._assigned:
+        for path in self._quantized:
             begin(layers[path], frozen="ranges" in begun)
         self._freeze_norms(layers, begun)
 
@@ -190,10 +196,15 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def reset_values(self) -> None:
         """Forget what belongs to another model."""
-        self._assigned, self._norms, self._encoders, self._fresh = {}, (), (), False
+        self._assigned, self._sites, self._norms, self._encoders, self._fresh = {}, Sites(), (), (), False
 
     def _quantizers(self, layers: Layers) -> list[Quantizer]:
-        return [q for path in self._assigned if path in layers for q in quantizers_of(layers[path])]
+        return [q for path in self._quantized if path in layers for q in own_quantizers(layers[path])]
+
+    @property
+    def _quantized(self) -> list[str]:
+        """Paths of all modules that have quantizers."""
+        return list(dict.fromkeys([*self._assigned, *self._sites.outputs]))
 
     def _freeze_norms(self, layers: Layers, begun: set[str] | None = None) -> None:
         if "batch_norm" in (self.phases.begun(self._amount) if begun is None else begun):

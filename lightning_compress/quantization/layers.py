@@ -236,6 +236,13 @@ def weight_quantizers_of(layer: nn.Module) -> dict[str, WeightQuantizer]:
     return {}
 
 
+def own_quantizers(module: nn.Module) -> list[Quantizer]:
+    """Return the quantizers of a module itself: of its weights, of what it takes and of what it returns."""
+    children = [part for part in module.children() if isinstance(part, Quantizer)]
+    many = list(weight_quantizers_of(module).values()) if isinstance(module, ManyWeights) else []
+    return children + cast(list[Quantizer], many)
+
+
 def _stay(module: nn.Module, args: Any) -> None:
     """Do nothing: a hook keeps ``nn.TransformerEncoderLayer`` from a fast path that takes weights as they are."""
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lightning_compress.core.paths import clean_path
 from lightning_compress.quantization.affine import affine_parameters, symmetric_scale
-from lightning_compress.quantization.layers import weight_names, weight_of, weight_quantizers_of
-from lightning_compress.quantization.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer, quantizers_of
+from lightning_compress.quantization.layers import own_quantizers, weight_names, weight_of, weight_quantizers_of
+from lightning_compress.quantization.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
 
 
 def begin(layer: nn.Module, frozen: bool) -> None:
@@ -24,7 +24,7 @@ def begin(layer: nn.Module, frozen: bool) -> None:
     for name, quantizer in weight_quantizers_of(layer).items():
         if not quantizer.ready:
             quantizer.take_range(weight_of(layer, name))
-    for part in quantizers_of(layer):
+    for part in own_quantizers(layer):
         part.enabled = True
         if isinstance(part, ActivationQuantizer) and part.ready and (frozen or part.spec.learned):
             part.observing = False
@@ -56,17 +56,18 @@ def enforce_state(state_dict: dict[str, Any], layers: Mapping[str, nn.Module]) -
     """
     keys = {clean_path(key): key for key in state_dict}
     for path, layer in layers.items():
+        own = {id(quantizer) for quantizer in own_quantizers(layer)}
         for inner, part in layer.named_modules():
-            if not isinstance(part, Quantizer):
+            if id(part) not in own or not isinstance(part, Quantizer):
                 continue
             prefix = ".".join(name for name in (path, inner) if name)
             flags = keys.get(f"{prefix}._extra_state")
             if flags is not None:
                 state_dict[flags] = part.get_extra_state()
             if type(part) is ActivationQuantizer and part.ready and not part.observer.costly:
-                own = {name: keys.get(f"{prefix}.{name}") for name in _RANGE}
-                if all(own.values()):
-                    _consistent(part, {name: state_dict[key] for name, key in own.items() if key is not None})
+                named = {name: keys.get(f"{prefix}.{name}") for name in _RANGE}
+                if all(named.values()):
+                    _consistent(part, {name: state_dict[key] for name, key in named.items() if key is not None})
 
 
 _RANGE = ("scale", "zero_point", "observer.low", "observer.high")

@@ -312,7 +312,7 @@ def _sparsity(strength: float, *arguments: Any, **more: Any) -> Callable[[], Com
     return lambda: SparsityRegularization(strength, *arguments, schedule=schedule, **more)
 
 
-_CONVOLUTIONAL = ("stem", "depthwise", "grouped", "head")
+_QUANTIZED_MIXED = ("stem", "depthwise", "grouped", "head", "grouped", "drop")
 _HIDDEN = ("net.layers.1", "net.layers.3")
 _MIDDLE = ("net.depthwise", "net.grouped")
 _CONV3D = Select(types=("Conv3d",))
@@ -372,23 +372,26 @@ ROWS = (
             nothing=lambda: QuantizationAwareTraining(select=Select(types=("Conv3d",))),
         )
         for name, net, layers, build in (
-            ("int8", "Mixed", _CONVOLUTIONAL, QuantizationAwareTraining),
+            ("int8", "Mixed", _QUANTIZED_MIXED, QuantizationAwareTraining),
             (
                 "learned",
                 "Mixed",
-                _CONVOLUTIONAL,
+                _QUANTIZED_MIXED,
                 lambda: QuantizationAwareTraining({"bits": 3, "range": "lsq"}, {"bits": 3, "range": "pact"}),
             ),
             (
                 "sequences",
                 "Sequences",
-                ("embed", "conv", "attend", "recur", "frozen", "decode", "head"),
+                (
+                    *("embed", "conv", "attend", "recur", "frozen", "decode", "head"),
+                    *("embed", "conv", "frozen", "decode"),
+                ),
                 lambda: QuantizationAwareTraining({"bits": 4, "range": "lsq"}, {"range": "lsq+"}, freeze={}),
             ),
             (
                 "rules",
                 "MLP",
-                ("layers.1", "layers.3", "head"),
+                ("layers.1", "layers.3", "head", "layers.0", "layers.2", "layers.4"),
                 lambda: QuantizationAwareTraining(
                     {"bits": 2, "range": "dorefa", "per_channel": False},
                     {"bits": 4, "range": "percentile"},
