@@ -2,7 +2,8 @@
 
 from lightning_compress.distillation.adapters import Adapters, Regressor
 from lightning_compress.distillation.cache import TeacherCache, cache_teacher
-from lightning_compress.distillation.cached_data import CachedBatch, CachedCollate, CachedDataset, cached_loader
+from lightning_compress.distillation.cached_batch import CachedBatch
+from lightning_compress.distillation.cached_data import CachedCollate, CachedDataset, cached_loader
 from lightning_compress.distillation.callbacks import Distillation
 from lightning_compress.distillation.losses import (
     AttentionTransfer,

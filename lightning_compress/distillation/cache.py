@@ -48,12 +48,8 @@ from lightning_compress.distillation.cache_files import (
     read_facts,
     write_facts,
 )
-from lightning_compress.distillation.cached_data import (
-    CachedCollate,
-    ChecksummedDataset,
-    check_loader,
-    take_cached,
-)
+from lightning_compress.distillation.cached_batch import take_cached
+from lightning_compress.distillation.cached_data import CachedCollate, ChecksummedDataset, check_loader
 from lightning_compress.distillation.teacher import Answer, Question, Teacher
 
 _RECORD_EVERY = 5.0  # seconds

@@ -7,7 +7,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,24 +16,10 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.isolation import same_randomness
-
-NESTED = "inside other batches; give the Trainer the loader of `cached_loader` itself"
-"""Why stored outputs cannot be taken off a mapping or list of batches."""
+from lightning_compress.distillation.cached_batch import CachedBatch
 
 PROBES = 16
 """Samples that are read twice before anything is written or trained."""
-
-
-class CachedBatch(NamedTuple):
-    """A batch (or one sample) of the training data beside what the teacher says about it.
-
-    Attributes:
-        training_batch: What the user's data set and ``collate_fn`` made.
-        outputs: The teacher's outputs, (batch, ...) or for one sample (...).
-    """
-
-    training_batch: Any
-    outputs: Tensor
 
 
 class Outputs(Protocol):
@@ -45,32 +31,6 @@ class Outputs(Protocol):
         """Return the outputs of some samples, (n, ...)."""
 
     def __len__(self) -> int: ...
-
-
-def take_cached(batch: Any) -> tuple[Any, Tensor | None]:
-    """Split a batch into the user's own and the teacher's outputs, ``None`` if the loader brings none.
-
-    >>> take_cached(CachedBatch("images and labels", torch.zeros(2, 10)))[0]
-    'images and labels'
-    >>> take_cached("images and labels")
-    ('images and labels', None)
-    """
-    return (batch.training_batch, batch.outputs) if isinstance(batch, CachedBatch) else (batch, None)
-
-
-def refuse_cached(batch: Any, why: str) -> None:
-    """Refuse stored outputs where nobody takes them off a batch.
-
-    Args:
-        batch: A batch, or a mapping or list of batches.
-        why: What cannot be done, and the next step.
-
-    Raises:
-        ConfigurationError: If there are any.
-    """
-    inner = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
-    if isinstance(batch, CachedBatch) or any(isinstance(part, CachedBatch) for part in inner):
-        raise ConfigurationError(f"the training batches bring stored outputs of a teacher, but {why}")
 
 
 def input_checksum(sample: Any) -> int:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.clock import UpdateClock, callbacks_of
 from lightning_compress.core.errors import ConfigurationError
-from lightning_compress.distillation.cached_data import refuse_cached
+from lightning_compress.distillation.cached_batch import refuse_cached
 from lightning_compress.distillation.engine import Distiller
 from lightning_compress.distillation.fit import lacking, reduce_gradients
 from lightning_compress.distillation.injection import Injector

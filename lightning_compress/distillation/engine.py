@@ -14,7 +14,7 @@ from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.schedule import Horizon
 from lightning_compress.distillation.adapters import Adapters
 from lightning_compress.distillation.answers import check_answer, first_answer
-from lightning_compress.distillation.cached_data import NESTED, refuse_cached, take_cached
+from lightning_compress.distillation.cached_batch import NESTED, refuse_cached, take_cached
 from lightning_compress.distillation.examination import (
     build_adapters,
     check_output,

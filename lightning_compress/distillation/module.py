@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_compress.core.clock import UpdateClock
 from lightning_compress.core.errors import ConfigurationError
-from lightning_compress.distillation.cached_data import take_cached
+from lightning_compress.distillation.cached_batch import take_cached
 from lightning_compress.distillation.engine import Distiller
 from lightning_compress.distillation.faces import (
     Fallback,

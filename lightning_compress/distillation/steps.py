@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.paths import original
-from lightning_compress.distillation.cached_data import NESTED, CachedBatch, refuse_cached, take_cached
+from lightning_compress.distillation.cached_batch import NESTED, CachedBatch, refuse_cached, take_cached
 from lightning_compress.distillation.engine import Distiller
 from lightning_compress.distillation.supervised import Supervised
 

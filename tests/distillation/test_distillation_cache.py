@@ -23,14 +23,8 @@ from lightning_compress.data import CropFlip, ResumableLoader, TensorImages
 from lightning_compress.data.tensors import already_batched
 from lightning_compress.distillation import Ensemble, LogitsMSE
 from lightning_compress.distillation.cache import TeacherCache, cache_teacher, teacher_fingerprint
-from lightning_compress.distillation.cached_data import (
-    CachedBatch,
-    CachedCollate,
-    CachedDataset,
-    cached_loader,
-    input_checksum,
-    take_cached,
-)
+from lightning_compress.distillation.cached_batch import CachedBatch, take_cached
+from lightning_compress.distillation.cached_data import CachedCollate, CachedDataset, cached_loader, input_checksum
 from lightning_compress.distillation.teacher import Answer, Question, Teacher
 
 SAMPLES = 37

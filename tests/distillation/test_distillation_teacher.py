@@ -37,7 +37,7 @@ from lightning_compress.distillation import (
     as_teacher,
     load_teacher,
 )
-from lightning_compress.distillation.cached_data import CachedBatch
+from lightning_compress.distillation.cached_batch import CachedBatch
 
 X = images().tensors[0][:4]
 
