@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from lightning_compress.core.chain import check_chain
+from lightning_compress.core.chain import CHAIN, check_chain
 from lightning_compress.core.clock import callbacks_of
 from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.method import Method, overrides
 from lightning_compress.core.schedule import Horizon, Schedule, parse_time
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def check_trainer(callback: CompressionCallback, trainer: Trainer) -> None:
     mine = callbacks.index(callback)
     _check_name(callback, callbacks)
     check_chain(callbacks, "callbacks")
+    _check_after_fit(callback, callbacks)
     for position, other in enumerate(callbacks):
         if other is callback:
             continue
@@ -86,6 +88,20 @@ def _check_name(callback: CompressionCallback, callbacks: list[Callback]) -> Non
             f"`callbacks` has {len(same)} {kind} {named}, which checkpoints and metrics cannot tell apart; give each "
             f"a name of its own: {kind}(..., name='first')"
         )
+
+
+def _check_after_fit(callback: CompressionCallback, callbacks: list[Callback]) -> None:
+    """Refuse values that are held while training, where another method writes new ones after the fit."""
+    if not callback.link or overrides(callback, "finalize"):
+        return
+    for other in callbacks:
+        if not isinstance(other, Method) or not other.link or not overrides(other, "finalize"):
+            continue
+        if CHAIN.index(other.link) < CHAIN.index(callback.link):
+            raise ConfigurationError(
+                f"{type(other).__name__} changes weights after fit, which would undo what {type(callback).__name__} "
+                f"did in it; give {type(other).__name__} a fit of its own, before"
+            )
 
 
 def _check_unused(callback: CompressionCallback, trainer: Trainer) -> None:

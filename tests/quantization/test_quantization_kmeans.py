@@ -149,6 +149,6 @@ def test_ten_million_weights_in_under_three_seconds() -> None:
     started = time.process_time()
     centroids = kmeans(values, 32)
     codes = nearest(values, centroids)
-    assert time.process_time() - started < 2 * 3.0  # two cores for three seconds
+    assert time.process_time() - started < 3.0  # of one core, whatever else the machine does
     assert len(centroids) == 32
     assert codes.shape == values.shape

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_compress import (
     ConfigurationError,
     IterativePruning,
+    OptimalBrainCompression,
     Schedule,
     Select,
     SelectionError,
@@ -357,6 +358,9 @@ def test_a_wrong_order_is_refused_by_name() -> None:
         compress(Net(), WeightSharing(2), IterativePruning(0.5))
     with pytest.raises(ConfigurationError, match="`callbacks` " + message):
         fit(Net(), WeightSharing(2), IterativePruning(Schedule(0.5, end="40%")))
+    after = OptimalBrainCompression(0.5, batches=[X])
+    with pytest.raises(ConfigurationError, match="OptimalBrainCompression changes weights after fit, which would undo"):
+        fit(Net(), after, WeightSharing(2))
     shared = compress(Net(), IterativePruning(0.5, Select()), WeightSharing(2))
     assert (clusters(shared.first.weight), clusters(shared.second.weight)) == (4, 4)
     assert sum(int((layer.weight == 0).sum()) for layer in (shared.first, shared.second)) == 72
