@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from lightning_compress import (
     SharingRule,
     WeightSharing,
     compress,
+    load_compressed,
+    save_compressed,
 )
 from lightning_compress.quantization.sharing import Fisher, KMeans
 
@@ -413,3 +416,37 @@ def test_a_checkpoint_of_another_selection_is_refused() -> None:
     scoped.choose(model)
     with pytest.raises(ConfigurationError, match="`scope` and `rules` it was written with"):
         scoped.attach_values({"first": model.first, "second": model.second})
+
+
+def _networks() -> dict[str, Callable[[], nn.Module]]:
+    return {
+        "resnet": lambda: torchvision.models.resnet18(num_classes=4),
+        "mobilenet": lambda: torchvision.models.mobilenet_v3_small(num_classes=4),
+        "densenet": lambda: torchvision.models.densenet121(num_classes=4),
+        "transformer": lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2),
+        "recurrent": lambda: nn.Sequential(nn.LSTM(32, 64, num_layers=2, batch_first=True)),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("resnet", marks=pytest.mark.slow),
+        "mobilenet",
+        pytest.param("densenet", marks=pytest.mark.slow),
+        "transformer",
+        "recurrent",
+    ],
+)
+def test_whole_networks_become_small_files_that_restore_every_bit(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = _networks()[name]().eval()
+    shared = compress(model, WeightSharing(3), inplace=True)
+    for path, parameter in shared.named_parameters():
+        assert parameter.dim() < 2 or len(parameter.detach().unique()) <= 8, path
+    save_compressed(shared, tmp_path / "file.safetensors")
+    restored = load_compressed(_networks()[name]().eval(), tmp_path / "file.safetensors")
+    state = shared.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in restored.state_dict().items())
+    dense = sum(4 * parameter.numel() for parameter in shared.parameters())
+    assert (tmp_path / "file.safetensors").stat().st_size < dense / 7

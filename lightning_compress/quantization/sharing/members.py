@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 
-class Members(NamedTuple):
+@dataclass(frozen=True)
+class Members:
     """The weights of one tensor that are shared.
 
     Args:

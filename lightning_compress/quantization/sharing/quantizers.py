@@ -153,7 +153,7 @@ def as_quantizer(value: CodebookQuantizer | int) -> CodebookQuantizer:
     """
     if isinstance(value, int) and not isinstance(value, bool):
         return KMeans(bits=value)
-    if isinstance(value, type) or not callable(getattr(value, "codebook", None)):
+    if isinstance(value, type | bool) or not callable(getattr(value, "codebook", None)):
         raise ConfigurationError(
             "`quantizer` must be a number of bits (1 to 8), or one of KMeans, Uniform and EntropyConstrained; got "
             f"{value!r}"

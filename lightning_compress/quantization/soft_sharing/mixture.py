@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -162,7 +162,7 @@ def adam_step(mixture: Mixture, pulls: Iterable[Tensor], moments: dict[str, Tens
         corrected = first / (1 - 0.9 ** int(step))
         root = (second / (1 - 0.999 ** int(step))).sqrt() + 1e-8
         new[name] = getattr(mixture, name) - rate * corrected / root
-    return replace(mixture, **new)
+    return Mixture(new["means"], new["log_sigmas"], new["logits"], mixture.zero)
 
 
 def merge(mixture: Mixture, threshold: float) -> Mixture:
