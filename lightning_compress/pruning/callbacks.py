@@ -21,7 +21,7 @@ from lightning_compress.core.targets import PRUNABLE, Target, find_targets
 from lightning_compress.pruning.allocation import SCOPES, allocate, choose_masks
 from lightning_compress.pruning.fitting import fit_targets, rank_groups
 from lightning_compress.pruning.granularity import Layout, expand_mask, layout_of, parse_granularity
-from lightning_compress.pruning.masks import apply_mask, kept, pack_mask, unpack_mask
+from lightning_compress.pruning.masks import kept, pack_mask, unpack_mask, zero_weights
 from lightning_compress.pruning.rules import Rule, as_rules, check_amounts
 from lightning_compress.pruning.scorer import Scorer
 from lightning_compress.pruning.scores import SCORES, check_score, find_score
@@ -187,9 +187,8 @@ class IterativePruning(CompressionCallback):
 
     def enforce(self, layers: Layers) -> None:
         """Put the zeros back, exactly."""
-        for target in self._targets:
-            if target.key in self._masks and target.layer in layers:
-                self._zero(target.key, target.weight(layers))
+        here = [(t.key, t.weight(layers)) for t in self._targets if t.layer in layers]
+        zero_weights(here, self._masks, self._scratch)
 
     def pending(self, layers: Layers) -> bool:
         """Return whether a weight without a mask has been unfrozen since the last update."""
@@ -199,10 +198,8 @@ class IterativePruning(CompressionCallback):
 
     def enforce_state(self, state_dict: dict[str, Any]) -> None:
         """Put the zeros into weights that are about to be saved."""
-        tensors = {clean_path(key): value for key, value in state_dict.items() if isinstance(value, Tensor)}
-        for key in self._masks:
-            if key in tensors:
-                self._zero(key, tensors[key])
+        saved = [(clean_path(key), value) for key, value in state_dict.items() if isinstance(value, Tensor)]
+        zero_weights(saved, self._masks, self._scratch)
 
     def metrics(self, layers: Layers) -> dict[str, float]:
         """Return ``sparsity``: the share of zeros among the selected weights."""
@@ -236,12 +233,6 @@ class IterativePruning(CompressionCallback):
         """Forget the masks and what they belong to."""
         self._targets, self._rule_of, self._masks, self._packed, self._scratch = [], {}, {}, {}, {}
         self._scorer, self._norms = Scorer(self._scorer.score), {}
-
-    def _zero(self, key: str, weight: Tensor) -> None:
-        mask = self._masks[key]
-        if mask.device != weight.device:
-            mask = self._masks[key] = mask.to(weight.device)
-        apply_mask(weight, mask, self._scratch)
 
     def _select(self, root: nn.Module) -> Selection:
         try:

@@ -13,7 +13,7 @@ from lightning_compress.core.paths import clean_path
 from lightning_compress.core.run import Layers
 from lightning_compress.core.select import Selection
 from lightning_compress.core.targets import Target, find_targets
-from lightning_compress.pruning.masks import apply_mask, kept, pack_mask, unpack_mask
+from lightning_compress.pruning.masks import kept, pack_mask, unpack_mask, zero_weights
 
 _PREFIX = "mask:"
 
@@ -23,7 +23,7 @@ class HeldMasks:
 
     Attributes:
         targets: The weights that may have a mask.
-        masks: ``int8`` tensors, -1 keep and 0 prune; what has none is dense.
+        masks: Tensors of signed integers, -1 keep and 0 prune; what has none is dense.
 
     >>> held = HeldMasks()
     >>> net = nn.Sequential(nn.Linear(2, 2))
@@ -62,14 +62,12 @@ class HeldMasks:
 
     def enforce(self, layers: Layers) -> None:
         """Put the zeros back, exactly."""
-        for key, weight in self.weights(layers).items():
-            self._zero(key, weight)
+        zero_weights(list(self.weights(layers).items()), self.masks, self._scratch)
 
     def enforce_state(self, state_dict: Mapping[str, Any]) -> None:
         """Put the zeros into weights that are about to be saved."""
-        for key, value in state_dict.items():
-            if isinstance(value, Tensor):
-                self._zero(clean_path(key), value)
+        saved = [(clean_path(key), value) for key, value in state_dict.items() if isinstance(value, Tensor)]
+        zero_weights(saved, self.masks, self._scratch)
 
     def sparsity(self, layers: Layers) -> float:
         """Return the share of masked weights among all that may have a mask."""
@@ -104,11 +102,3 @@ class HeldMasks:
                 )
             self.masks[key] = unpack_mask(packed, weights[key], key)
         self._packed = {}
-
-    def _zero(self, key: str, weight: Tensor) -> None:
-        mask = self.masks.get(key)
-        if mask is None:
-            return
-        if mask.device != weight.device:
-            mask = self.masks[key] = mask.to(weight.device)
-        apply_mask(weight, mask, self._scratch)

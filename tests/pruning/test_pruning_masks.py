@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_compress.core.errors import CompressionError, ConfigurationError
+from lightning_compress.pruning import masks as masks_module
 from lightning_compress.pruning.allocation import choose_masks, least_kept
-from lightning_compress.pruning.masks import apply_mask, kept, lowest_masks, pack_mask, unpack_mask
+from lightning_compress.pruning.masks import apply_mask, kept, lowest_masks, pack_mask, unpack_mask, zero_weights
 
 LAYOUTS = {
     "plain": lambda x: x,
@@ -98,7 +99,8 @@ def test_apply_sets_positive_zeros_and_nothing_else(layout: str, dtype: torch.dt
     weight.copy_(special[torch.arange(weight.numel()) % 6].reshape(weight.shape))
     mask = torch.where(torch.arange(weight.numel()).reshape(weight.shape) % 4 < 2, -1, 0).to(torch.int8)
     before = weight.clone()
-    for form in (mask, torch.empty_like(weight, dtype=torch.int8).copy_(mask)):
+    narrow = torch.empty_like(weight, dtype=torch.int8).copy_(mask)
+    for form in (mask, narrow, *(narrow.to(kind) for kind in (torch.int16, torch.int32, torch.int64))):
         weight.copy_(before)
         apply_mask(weight, form, {})
         gone = weight[mask == 0]
@@ -121,6 +123,24 @@ def test_apply_in_any_shape(shape: tuple[int, ...]) -> None:
     apply_mask(weight, mask, scratch)
     assert torch.equal(weight, (mask != 0).float())
     assert weight.grad_fn is None
+
+
+@pytest.mark.parametrize("limit", [0, 5, 6])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_masks_are_widened_while_there_are_few_and_follow_their_weights(
+    limit: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(masks_module, "_WIDE", limit)
+    masks = {key: torch.tensor([0, -1, 0], dtype=torch.int8) for key in ("a", "b")}
+    expected = {torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}[dtype]
+    for kind in (dtype, torch.float32, torch.bfloat16):  # converted between two steps
+        weights = {key: torch.tensor([1.0, 2.0, -3.0], dtype=kind) for key in ("a", "dense", "b")}
+        zero_weights(list(weights.items()), masks)
+        assert weights["a"].tolist() == weights["b"].tolist() == [0.0, 2.0, 0.0]
+        assert weights["dense"].tolist() == [1.0, 2.0, -3.0]
+        assert {mask.dtype for mask in masks.values()} == {expected if limit == 6 else torch.int8}
+        assert kept(masks) == 2
+        assert torch.equal(pack_mask(masks["a"]), pack_mask(torch.tensor([0, -1, 0], dtype=torch.int8)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
