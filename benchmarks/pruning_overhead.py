@@ -2,7 +2,8 @@
 
 Steps are timed in real fits, each in a process of its own, that take turns every few steps. Goals are judged on one
 thread and on processor time, which then equals wall time on an idle machine and, unlike it, leaves out
-the time in which other processes ran; wall time is given beside it, and so are steps on two threads.
+the time in which other processes ran; wall time is given beside it, and so are steps on two threads. Ratios are taken
+within each round of turns, and their median over the rounds is given.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from benchmarks import _common as common
-from benchmarks._common import Ratio, Row, ratio_of_medians
+from benchmarks._common import Ratio, Row, median_of_ratios
 from benchmarks._fits import CASES, OURS, PLAIN, SPARSITY, mlp, resnet, time_steps
 from benchmarks._memory import measure_fit
 from lightning_compress.pruning.allocation import choose_masks
@@ -45,7 +46,7 @@ def step_rows(
     for kind, label in ((1, "processor time"), (0, "wall time")):
         plain = times[PLAIN][kind]
         for case in CASES:
-            ratio = ratio_of_medians(times[case][kind], plain)
+            ratio = median_of_ratios(times[case][kind], plain)
             what = f"{name}: training step, {case}, {label}"
             rows.append(Row(f"{what}, median", 1e3 * float(np.median(times[case][kind])), "ms", PLAIN, ratio.value))
             if case != PLAIN:

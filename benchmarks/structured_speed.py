@@ -13,7 +13,7 @@ import torchvision
 from torch import Tensor, nn
 
 from benchmarks import _common as common
-from benchmarks._common import Row, Times, ratio_of_medians
+from benchmarks._common import Row, Times, median_of_ratios
 from lightning_compress import StructuredPruning, compress
 from lightning_compress.core.copies import full_copy
 from lightning_compress.core.cost import count_macs, count_parameters
@@ -118,7 +118,7 @@ def time_rows(name: str, cpu: Mapping[str, Times], where: str, first: bool) -> l
         goal = dense * GOAL if first and label in (OURS, ROUNDED) else None
         rows.append(Row(f"{name}: {label}, {where}", median, "ms (CPU time)", "dense", median / dense, goal))
     for label in (OURS, ROUNDED):
-        ratio = ratio_of_medians(cpu[label], cpu[THEIRS])
+        ratio = median_of_ratios(cpu[label], cpu[THEIRS])
         case = f"{name}: {label} over {THEIRS}, {where}"
         rows.append(Row(case, ratio.low, "lower end of the 95 % interval", THEIRS, ratio.value, 1.0))
     return rows

@@ -61,6 +61,17 @@ def test_every_benchmark_has_results_and_every_result_a_benchmark():
     assert {path.stem for path in common.RESULTS.glob("*.json")} == modules
 
 
+def test_ratios_within_rounds_do_not_see_drift():
+    drift = np.linspace(1.0, 3.0, 101)
+    noise = np.random.default_rng(0).normal(0, 0.01, drift.size)
+    found = common.median_of_ratios(1.05 * drift * (1 + noise), drift)
+    assert found.low < 1.05 < found.high
+    assert found.high - found.low < 0.01
+    assert common.median_of_ratios([3.0, 1.0, 2.0], [4.0, 1.0, 1.0]).value == 1.0
+    with pytest.raises(ValueError, match="one pair"):
+        common.median_of_ratios([1.0], [])
+
+
 def test_ratio_of_medians_by_hand():
     found = common.ratio_of_medians([3.0, 1.0, 2.0], [4.0, 4.0, 4.0])
     assert found.value == 0.5
