@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from benchmarks import _common as common
 from benchmarks._common import Row
 from lightning_compress import ConfigurationError, IterativePruning, NeuronMerging, Select, compress
+from lightning_compress.core.hessians import collect_hessians
 from lightning_compress.data import MNISTDataModule
 from lightning_compress.models import LeNet300100
 from lightning_compress.pruning.allocation import choose_masks
-from lightning_compress.pruning.calibration import collect_hessians
 from lightning_compress.pruning.layerwise import damp, obc_masks, obc_trace, reconstruct
 from lightning_compress.pruning.second_order import fisher_diagonal, obd_saliency
 from lightning_compress.pruning.woodfisher import FisherInverse, woodfisher_saliency, woodfisher_update

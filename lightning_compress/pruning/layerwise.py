@@ -14,34 +14,13 @@ import torch
 from torch import Tensor
 
 from lightning_compress.core.errors import ConfigurationError, did_you_mean
+from lightning_compress.core.hessians import damp
 from lightning_compress.pruning.granularity import Granularity
 from lightning_compress.pruning.obc_trace import Trace, input_pattern, obc_trace
 
 __all__ = ["Trace", "damp", "obc_masks", "obc_prune", "obc_trace", "reconstruct"]
 
 ROW_SCOPES = ("layer", "row")
-
-
-def damp(hessian: Tensor, damping: float) -> Tensor:
-    r"""Return :math:`H + \lambda\,\overline{\mathrm{diag} H}\, I` for each matrix of a batch.
-
-    Args:
-        hessian: (..., d, d).
-        damping: The share of the mean diagonal to add, above 0; inputs that are always 0 need it.
-
-    Raises:
-        ConfigurationError: If a diagonal is all zero or not finite, so that there is nothing to go by.
-
-    >>> damp(torch.diag(torch.tensor([1.0, 3.0])), 0.5).tolist()
-    [[2.0, 0.0], [0.0, 4.0]]
-    """
-    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
-    if not bool((mean > 0).all() and mean.isfinite().all()):
-        raise ConfigurationError(
-            "`hessian`: the layer's inputs on the calibration batches are all zero or not finite; give other batches"
-        )
-    eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
-    return hessian + damping * mean[..., None, None] * eye
 
 
 def obc_masks(trace: Trace, shape: tuple[int, int], count: int, scope: str = "layer") -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_compress.core.calibration import calibration_batches, check_batches, require_batches
 from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.errors import ConfigurationError, SelectionError, did_you_mean
+from lightning_compress.core.hessians import collect_hessians
 from lightning_compress.core.journal import Edit
 from lightning_compress.core.patches import CONVOLUTIONS
 from lightning_compress.core.plan import PlanRow
@@ -20,7 +21,6 @@ from lightning_compress.core.run import Layers
 from lightning_compress.core.schedule import Schedule
 from lightning_compress.core.select import Select, Selection
 from lightning_compress.core.targets import Target, find_targets
-from lightning_compress.pruning.calibration import collect_hessians
 from lightning_compress.pruning.granularity import layout_of, misfit, parse_granularity
 from lightning_compress.pruning.layerwise import ROW_SCOPES, TracedLayer, counts_over_layers, obc_prune, trace_layer
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_compress import ConfigurationError
+from lightning_compress.core.hessians import layer_hessian
 from lightning_compress.core.patches import layer_patches
 from lightning_compress.pruning import obc_trace as obc_trace_module
-from lightning_compress.pruning.calibration import layer_hessian
 from lightning_compress.pruning.granularity import from_units, layout_of, parse_granularity, to_units
 from lightning_compress.pruning.layerwise import (
     counts_over_layers,

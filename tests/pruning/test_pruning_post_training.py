@@ -20,9 +20,9 @@ import lightning_compress as lc
 from lightning_compress import ConfigurationError, FisherPruning, OptimalBrainCompression, Select, SelectionError
 from lightning_compress.core.calibration import calibration_batches
 from lightning_compress.core.gradients import sample_gradients
+from lightning_compress.core.hessians import collect_hessians, layer_hessian
 from lightning_compress.data import DigitsDataModule
 from lightning_compress.models import ImageClassifier
-from lightning_compress.pruning.calibration import collect_hessians, layer_hessian
 from lightning_compress.pruning.granularity import layout_of, to_units
 from lightning_compress.pruning.second_order import fisher_diagonal, obd_saliency
 

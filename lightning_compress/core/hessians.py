@@ -1,4 +1,4 @@
-"""Running a trained model on calibration batches: what each layer sees."""
+"""The curvature of each layer's own outputs, from what it sees on calibration batches."""
 
 from __future__ import annotations
 
@@ -14,6 +14,28 @@ from lightning_compress.core.calibration import run_on
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.isolation import eval_mode
 from lightning_compress.core.patches import layer_patches
+
+
+def damp(hessian: Tensor, damping: float) -> Tensor:
+    r"""Return :math:`H + \lambda\,\overline{\mathrm{diag} H}\, I` for each matrix of a batch.
+
+    Args:
+        hessian: (..., d, d).
+        damping: The share of the mean diagonal to add, above 0; inputs that are always 0 need it.
+
+    Raises:
+        ConfigurationError: If a diagonal is all zero or not finite, so that there is nothing to go by.
+
+    >>> damp(torch.diag(torch.tensor([1.0, 3.0])), 0.5).tolist()
+    [[2.0, 0.0], [0.0, 4.0]]
+    """
+    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
+    if not bool((mean > 0).all() and mean.isfinite().all()):
+        raise ConfigurationError(
+            "`hessian`: the layer's inputs on the calibration batches are all zero or not finite; give other batches"
+        )
+    eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
+    return hessian + damping * mean[..., None, None] * eye
 
 
 def layer_hessian(layer: nn.Module, inputs: Tensor) -> Tensor:
