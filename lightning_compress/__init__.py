@@ -27,6 +27,7 @@ from lightning_compress.distillation.callbacks import Distillation
 from lightning_compress.distillation.module import DistillationModule
 from lightning_compress.evaluation.callbacks import CompressionReport
 from lightning_compress.low_rank.callbacks import LowRank
+from lightning_compress.export import Exported, ExportError, export
 from lightning_compress.pruning import (
     FisherPruning,
     IterativePruning,
@@ -43,7 +44,7 @@ from lightning_compress.pruning.structured import (
     coupled_groups,
     recalibrate_batch_norm,
 )
-from lightning_compress.quantization import QuantizerSpec
+from lightning_compress.quantization import QuantizerSpec, convert
 from lightning_compress.quantization.assignment import QuantizationRule
 from lightning_compress.quantization.binary.callbacks import Binarization, Ternarization
 from lightning_compress.quantization.callbacks import QuantizationAwareTraining
@@ -67,6 +68,8 @@ __all__ = [
     "EarlyStoppingAtTarget",
     "Edit",
     "ExactResume",
+    "ExportError",
+    "Exported",
     "FisherPruning",
     "FixedPointTraining",
     "IterativePruning",
@@ -94,7 +97,9 @@ __all__ = [
     "ZeroChannelRemoval",
     "apply",
     "compress",
+    "convert",
     "coupled_groups",
+    "export",
     "inspect_compressed",
     "install_hooks",
     "journal_of",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -14,9 +13,12 @@ from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.journal import Edit
 from lightning_compress.core.paths import get_layer, named_layers
 from lightning_compress.core.verbs import apply
+from lightning_compress.quantization.affine import BITS, along
 from lightning_compress.quantization.fixed import FixedQuantizer
 from lightning_compress.quantization.graph import BATCH_NORMS
-from lightning_compress.quantization.integer import CLASSES, IntegerLayer
+from lightning_compress.quantization.integer import IntegerLayer, integers_of
+from lightning_compress.quantization.integer_tensor import IntegerTensor
+from lightning_compress.quantization.layers import channel_axis, weight_of, weight_quantizers_of
 from lightning_compress.quantization.placement import place_quantizers
 from lightning_compress.quantization.quantizer import Quantizer, WeightQuantizer
 
@@ -76,24 +78,23 @@ def is_quantized(model: nn.Module) -> bool:
 def convert_in_place(model: nn.Module, example_inputs: Any = None) -> Conversion:
     """Do what :func:`convert` does to ``model`` itself, and return what was done."""
     done = Conversion()
-    layers = {path: layer for path, layer in named_layers(model).items() if _weight_quantizer(layer) is not None}
+    layers = {path: layer for path, layer in named_layers(model).items() if _quantizers(layer)}
     if not is_quantized(model):
         raise ConfigurationError(
             "`model` has no quantized layer; train it with QuantizationAwareTraining, or quantize it with "
             "compress(model, PostTrainingQuantization(...)), before it can become integers"
         )
     folds = _foldable(model, layers, example_inputs, done)
-    weights = {path: cast(Tensor, layer.weight) for path, layer in layers.items()}
+    weights = {path: {name: weight_of(layer, name) for name in _quantizers(layer)} for path, layer in layers.items()}
     for path, layer in layers.items():
-        quantizer = cast(WeightQuantizer, _weight_quantizer(layer))
-        apply(model, Edit("replace", path, "integer", _config(layer, quantizer, path in folds.values())))
-        done.integers[path] = quantizer.spec.bits
+        done.integers[path] = max(quantizer.spec.bits for quantizer in _quantizers(layer).values())
+        apply(model, Edit("replace", path, "integer", _config(layer, path in folds.values())))
     for norm, path in folds.items():
         fold_batch_norm(cast(IntegerLayer, get_layer(model, path)), get_layer(model, norm))
         apply(model, Edit("replace", norm, "folded"))
         done.folded[norm] = path
-    _share_ties({path: cast(IntegerLayer, get_layer(model, path)) for path in layers}, weights)
-    _fix_activations(model, done)
+    _share_ties(model, weights)
+    _fix_the_rest(model, done)
     return done
 
 
@@ -110,34 +111,23 @@ def fold_batch_norm(layer: IntegerLayer, norm: nn.Module) -> None:
     >>> _ = layer.weight.data.fill_(2.0), norm.weight.data.fill_(-3.0), norm.bias.data.fill_(1.0)
     >>> _ = quantize_layer(layer, {"symmetric": True, "per_channel": True, "range": "minmax"})
     >>> layer.weight_quantizer.take_range(layer.weight)
-    >>> integer = integer_layer(layer, 8, bias=True)
+    >>> integer = integer_layer(layer, {"weight": {"bits": 8, "axis": 0}}, bias=True)
     >>> fold_batch_norm(integer, norm)
-    >>> integer.weight_int.item(), round(integer.weight.item(), 4), integer.bias.item()
+    >>> integer.integer_weight.values.item(), round(integer.weight.item(), 4), integer.bias.item()
     (-127, -6.0, 1.0)
     """
     factor, shift = _affine_of(norm)
-    q, flipped = layer.integer_weight(), factor < 0
-    shape = [-1 if dim == layer.weight_axis else 1 for dim in range(q.dim())]
-    zero_point = layer.weight_zero_point
-    if q.dtype == torch.int8:
-        signs = torch.sign(factor).to(torch.int8)  # a channel that gamma silences is silent: 0
-        q, zero_point = q * signs.reshape(shape), zero_point * signs
-    else:
-        greatest = 2**layer.weight_bits - 1
-        q = torch.where(flipped.reshape(shape), greatest - q, q)
-        zero_point = torch.where(flipped, greatest - zero_point, zero_point)
-        silent = (factor == 0).reshape(shape)
-        q = torch.where(silent, along_channels(zero_point, shape), q)
-    old = layer.weight_scale.double()
-    scale = torch.where(factor == 0, old, old * factor.abs())
-    layer.set_integers(q, scale, zero_point)
+    held = layer.integer_weight
+    q, zero_point = held.integers(), held.zero_point
+    signs = torch.sign(factor)  # a channel that gamma silences gets integers of 0
+    offsets = q.to(torch.int16) - along(zero_point, q, held.axis).to(torch.int16)
+    if held.dtype == torch.uint8:
+        zero_point = torch.where(factor < 0, 2**held.bits - 1 - zero_point, zero_point)
+    turned = offsets * along(signs, q, held.axis).to(torch.int16) + along(zero_point, q, held.axis).to(torch.int16)
+    scale = torch.where(factor == 0, 1.0, factor.abs()) * held.scale.double()
+    held.put(turned.to(held.dtype), scale, zero_point)
     bias = cast(Tensor, layer.bias)
     bias.copy_(bias.double() * factor + shift)
-
-
-def along_channels(values: Tensor, shape: list[int]) -> Tensor:
-    """Return one value a channel in a shape that broadcasts against a weight."""
-    return values.reshape(shape)
 
 
 def _affine_of(norm: Any) -> tuple[Tensor, Tensor]:
@@ -149,20 +139,27 @@ def _affine_of(norm: Any) -> tuple[Tensor, Tensor]:
     return factor, shift if norm.bias is None else shift + norm.bias.double()
 
 
-def _weight_quantizer(layer: nn.Module) -> Quantizer | None:
-    """Return the quantizer of a layer's weight, if it quantizes and the layer has an integer form."""
-    quantizer = getattr(layer, "weight_quantizer", None)
-    known = isinstance(layer, tuple(CLASSES))
-    return quantizer if known and isinstance(quantizer, Quantizer) and quantizer.active else None
+def _quantizers(layer: nn.Module) -> dict[str, WeightQuantizer]:
+    """Return the quantizers of a layer's weights that quantize to what a byte can hold, by name."""
+    found = weight_quantizers_of(layer).items()
+    return {name: quantizer for name, quantizer in found if quantizer.active and _bits(quantizer) <= BITS[1]}
 
 
-def _config(layer: nn.Module, quantizer: WeightQuantizer, folds: bool) -> dict[str, Any]:
-    axis = 1 if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d) else 0
-    config: dict[str, Any] = {"bits": quantizer.spec.bits}
-    given = {"symmetric": quantizer.spec.symmetric, "axis": axis}
-    given |= {"per_channel": folds or quantizer.spec.per_channel, "bias": folds}
-    usual = {"symmetric": True, "axis": 0, "per_channel": True, "bias": False}
-    return config | {name: value for name, value in given.items() if value != usual[name]}
+def _bits(quantizer: WeightQuantizer) -> int:
+    """Return how many bits the integers need; DoReFa's grid without a zero has odd ones of twice the size."""
+    doubled = quantizer.spec.range == "dorefa" and not quantizer.spec.narrow
+    return quantizer.spec.bits + doubled
+
+
+def _config(layer: nn.Module, folds: bool) -> dict[str, Any]:
+    """Return the configuration of the kind ``integer``: whatever is not the default."""
+    weights: dict[str, dict[str, Any]] = {}
+    for name, quantizer in _quantizers(layer).items():
+        spec = quantizer.spec
+        weights[name] = {"bits": _bits(quantizer)} | ({} if spec.symmetric else {"symmetric": False})
+        if folds or spec.per_channel:
+            weights[name]["axis"] = channel_axis(layer)
+    return {"weights": weights} | ({"bias": True} if folds else {})
 
 
 def _foldable(model: nn.Module, layers: dict[str, Any], example_inputs: Any, done: Conversion) -> dict[str, str]:
@@ -196,31 +193,27 @@ def _why_not_folded(norm: Any, layer: Any, quantized: bool) -> str:
     return ""
 
 
-def _share_ties(layers: dict[str, IntegerLayer], weights: dict[str, Tensor]) -> None:
+def _share_ties(model: nn.Module, weights: dict[str, dict[str, Tensor]]) -> None:
     """Let layers that shared one weight share its integers, as long as nothing was folded into one of them alone."""
-    first: dict[int, IntegerLayer] = {}
-    for path, layer in layers.items():
-        other = first.setdefault(id(weights[path]), layer)
-        names = ("weight_int", "weight_scale", "weight_zero_point")
-        pairs = [(getattr(other, name), getattr(layer, name)) for name in names]
-        if other is not layer and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
-            for name in names:
-                setattr(layer, name, getattr(other, name))
+    first: dict[int, IntegerTensor] = {}
+    for path, by_name in weights.items():
+        held = integers_of(get_layer(model, path))
+        for name, weight in by_name.items():
+            mine, other = held[name], first.setdefault(id(weight), held[name])
+            pairs = [(getattr(other, key), getattr(mine, key)) for key in ("values", "scale", "zero_point")]
+            if other is not mine and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
+                mine.values, mine.scale, mine.zero_point = other.values, other.scale, other.zero_point
 
 
-def _fix_activations(model: nn.Module, done: Conversion) -> None:
-    for path, quantizer in list(_activation_quantizers(model)):
-        if quantizer.active:
-            spec = quantizer.spec
+def _fix_the_rest(model: nn.Module, done: Conversion) -> None:
+    """Let quantizers of activations stand still, and drop those that do nothing."""
+    rest = {path: module for path, module in named_layers(model).items() if isinstance(module, Quantizer)}
+    for path, quantizer in rest.items():
+        spec = quantizer.spec
+        if quantizer.active and not isinstance(quantizer, WeightQuantizer):
             config = {"bits": spec.bits, "symmetric": spec.symmetric}
             config |= {} if spec.narrow or not spec.symmetric else {"narrow": False}
             apply(model, Edit("replace", path, FixedQuantizer.kind, config))
         else:
-            done.left[path] = "it has seen no data, or is switched off"
+            done.left[path] = "no integers hold its grid" if quantizer.active else "it saw no data, or is switched off"
             apply(model, Edit("replace", path, "no_quantizer"))
-
-
-def _activation_quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
-    for path, module in named_layers(model).items():
-        if isinstance(module, Quantizer) and not isinstance(module, WeightQuantizer):
-            yield path, module

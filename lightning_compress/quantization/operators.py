@@ -54,16 +54,16 @@ def quantize_in_onnx(x: Tensor, scale: Tensor, zero_point: Tensor, bounds: tuple
     return restored.to(x.dtype)
 
 
-def dequantize_in_onnx(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+def dequantize_in_onnx(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
     """Return the ONNX node that reads an integer weight.
 
     Args:
         q: int8 or uint8, of any shape.
         scale: float32; one value for each index along ``axis``, or of shape ().
         zero_point: Of the type of ``q`` and the shape of ``scale``.
-        axis: Dimension of ``q`` with a scale for each index.
+        axis: Dimension of ``q`` with a scale for each index; ``None`` for one scale.
     """
-    attributes: dict[str, Any] = {"axis": axis} if scale.dim() else {}
+    attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
     real: Tensor = torch.onnx.ops.symbolic(
         "DequantizeLinear", (q, scale, zero_point), attributes, dtype=torch.float32, shape=q.shape
     )
@@ -80,10 +80,12 @@ def quantize_decomposed(
     return real.to(x.dtype)
 
 
-def dequantize_decomposed(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int, bounds: tuple[int, int]) -> Tensor:
+def dequantize_decomposed(
+    q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, bounds: tuple[int, int]
+) -> Tensor:
     """Return an integer weight as real numbers through torch's ``quantized_decomposed`` operators."""
     operators = torch.ops.quantized_decomposed
-    if not scale.dim():
-        scale, zero_point, axis = scale.expand(q.shape[axis]), zero_point.expand(q.shape[axis]), axis
+    if axis is None:
+        axis, scale, zero_point = 0, scale.expand(q.shape[0]), zero_point.expand(q.shape[0])
     real: Tensor = operators.dequantize_per_channel.default(q, scale, zero_point, axis, *bounds, q.dtype)
     return real

@@ -9,6 +9,18 @@ import torchvision.models as zoo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_compress.core.journal import Edit
+from lightning_compress.core.paths import named_layers
+from lightning_compress.core.verbs import apply
+from lightning_compress.quantization import (
+    ActivationQuantizer,
+    QuantizerSpec,
+    place_quantizers,
+    quantizers_of,
+    update_ranges,
+)
+from lightning_compress.quantization.layers import CLASSES, weight_of, weight_quantizers_of, why_not
+
 VISION: dict[str, Callable[[], nn.Module]] = {
     "resnet18": lambda: zoo.resnet18(weights=None),
     "mobilenet_v2": lambda: zoo.mobilenet_v2(weights=None),
@@ -96,7 +108,7 @@ class Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.part = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
-        self.head = nn.Linear(144, 3)
+        self.head = nn.Linear(784, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.part(x)
@@ -116,3 +128,37 @@ def randomize(model: nn.Module) -> nn.Module:
                 module.running_mean.copy_(torch.randn(size, generator=generator) * 0.2)
                 module.running_var.copy_(torch.rand(size, generator=generator) + 0.5)
     return model
+
+
+def quantize(model: nn.Module, weights: int = 8, activations: int = 8) -> nn.Module:
+    """Give a network quantizers where :func:`place_quantizers` wants them, in place, as edits."""
+    placement = place_quantizers(model)
+    weight = QuantizerSpec(weights, symmetric=True, per_channel=True, range="minmax").to_config()
+    known = named_layers(model)
+    inside = tuple(f"{path}." for path, layer in known.items() if isinstance(layer, nn.MultiheadAttention))
+    points = {(point.path, point.side) for point in placement.points}
+    for path, layer in known.items():
+        if isinstance(layer, tuple(CLASSES)) and not path.startswith(inside) and not why_not(layer):
+            given = {"bits": activations} if (path, "input") in points else None
+            apply(model, Edit("replace", path, "quantized", {"weight": weight, "input": given}))
+            points.discard((path, "input"))
+    for path, side in sorted(points):
+        apply(model, Edit("replace", path, f"quantized_{side}", {"bits": activations}))
+    return model
+
+
+def calibrate(model: nn.Module, *inputs: Tensor) -> nn.Module:
+    """Set all ranges from one batch, and switch the quantizers on."""
+    quantizers = quantizers_of(model)
+    for layer in model.modules():
+        for name, quantizer in weight_quantizers_of(layer).items():
+            quantizer.take_range(weight_of(layer, name).detach())
+    for quantizer in quantizers:
+        quantizer.observing = isinstance(quantizer, ActivationQuantizer)
+        quantizer.train(quantizer.observing)
+    with torch.no_grad():
+        model(*inputs)
+    update_ranges(quantizers)
+    for quantizer in quantizers:
+        quantizer.enabled, quantizer.observing = True, False
+    return model.eval()

@@ -144,7 +144,7 @@ def test_what_cannot_be_traced_gets_quantizers_at_its_layers() -> None:
     assert places(placement) == [("part.0", "input"), ("part.2", "output"), ("head", "input")]
     assert placement.folds == {"part.1": "part.0"}
     assert "Branching cannot be traced (torch.fx:" in placement.left[""]
-    with_example = place_quantizers(Branching(), example_inputs=torch.zeros(1, 1, 8, 8))
+    with_example = place_quantizers(Branching(), example_inputs=torch.zeros(1, 1, 16, 16))
     assert "torch.export:" in with_example.left[""]
 
 

@@ -1,0 +1,114 @@
+"""Small changes of a finished ONNX graph: quantized values stay quantized on their way, and weights of 4 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lightning_compress.export.extras import require
+
+MOVES = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Identity", "Expand")
+"""Operators whose results are values of their first input."""
+
+
+def finish(model: Any, int4: bool) -> None:
+    """Change an ``onnx_ir`` model in place.
+
+    Args:
+        model: What ``torch.onnx.export`` made.
+        int4: Whether to store int8 weights that 4 bits can hold in 4 bits.
+    """
+    for node in list(model.graph):
+        node.metadata_props.clear()  # stack traces, which can take more room than weights
+        for value in node.outputs:
+            value.metadata_props.clear()
+        if node.op_type in MOVES:
+            repeat_quantization(model.graph, node)
+    for node in list(model.graph):
+        if node.op_type == "Gemm":
+            quantize_bias(model.graph, node)
+    if int4:
+        store_four_bits(model.graph)
+    remove_unused(model.graph)
+
+
+def repeat_quantization(graph: Any, node: Any) -> None:
+    """Put the quantizer of what ``node`` moves behind it too, as runtimes look for it right before each layer."""
+    ir = require("onnx_ir", "onnx")
+    value, result = node.inputs[0], node.outputs[0]
+    before = value.producer()
+    if before is None or before.op_type != "DequantizeLinear" or before.inputs[0].is_initializer():
+        return
+    users = list(result.uses())
+    if not users or result.is_graph_output() or any(user.node.op_type == "QuantizeLinear" for user in users):
+        return
+    scale, zero_point = before.inputs[1:]
+    quantize = ir.Node("", "QuantizeLinear", [result, scale, zero_point])
+    restore = ir.Node("", "DequantizeLinear", [quantize.outputs[0], scale, zero_point])
+    for made, dtype in ((quantize, zero_point.dtype), (restore, result.dtype)):
+        made.outputs[0].dtype = dtype
+        made.outputs[0].shape = result.shape
+    graph.insert_after(node, [quantize, restore])
+    for node_, index in users:
+        node_.replace_input_with(index, restore.outputs[0])
+
+
+def quantize_bias(graph: Any, gemm: Any) -> None:
+    """Write the bias of a quantized linear layer as int32 sums of products, without which onnxruntime computes floats.
+
+    Its scale is the product of those of the input and the weight, far finer than either.
+    """
+    ir = require("onnx_ir", "onnx")
+    producers = [value.producer() for value in gemm.inputs[:2]]
+    bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
+    quantized = all(node is not None and node.op_type == "DequantizeLinear" for node in producers)
+    if not quantized or bias is None or not bias.is_initializer() or not producers[1].inputs[0].is_initializer():
+        return
+    scales = [node.inputs[1].const_value.numpy() for node in producers]
+    scale = np.broadcast_to(scales[0] * scales[1], bias.shape.numpy()).astype(np.float32)
+    sums = np.round(bias.const_value.numpy().astype(np.float64) / scale)
+    if np.abs(sums).max(initial=0) > np.iinfo(np.int32).max:
+        return
+    arrays = {"int32": sums.astype(np.int32), "scale": scale, "zero_point": np.zeros(scale.shape, np.int32)}
+    made = [_initializer(graph, f"{bias.name}_{gemm.outputs[0].name}_{key}", array) for key, array in arrays.items()]
+    restore = ir.Node("", "DequantizeLinear", made, [ir.AttrInt64("axis", 0)])
+    restore.outputs[0].dtype, restore.outputs[0].shape = bias.dtype, bias.shape
+    graph.insert_before(gemm, restore)
+    gemm.replace_input_with(2, restore.outputs[0])
+
+
+def _initializer(graph: Any, name: str, array: Any) -> Any:
+    """Return a new constant of the graph."""
+    ir = require("onnx_ir", "onnx")
+    tensor = ir.Tensor(array, name=name)
+    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def store_four_bits(graph: Any) -> None:
+    """Store each int8 weight whose values 4 bits can hold in 4 bits, its zero points too."""
+    ir = require("onnx_ir", "onnx")
+    types = require("ml_dtypes", "onnx")
+    for node in graph:
+        if node.op_type != "DequantizeLinear" or not node.inputs[0].is_initializer():
+            continue
+        weight, zero_point = node.inputs[0], node.inputs[2]
+        values, zeros = weight.const_value.numpy(), zero_point.const_value.numpy()
+        if values.dtype != np.int8 or values.min() < -8 or values.max() > 7 or zeros.any():
+            continue
+        for place, old, array in ((0, weight, values), (2, zero_point, zeros)):
+            tensor = ir.Tensor(array.astype(types.int4), dtype=ir.DataType.INT4, name=f"{old.name}_int4")
+            made = graph.initializers.get(tensor.name)
+            if made is None:
+                made = ir.Value(name=tensor.name, shape=old.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+                graph.register_initializer(made)
+            node.replace_input_with(place, made)
+
+
+def remove_unused(graph: Any) -> None:
+    """Remove constants that nothing reads any more."""
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
