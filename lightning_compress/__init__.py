@@ -26,8 +26,8 @@ from lightning_compress.data.resume import ExactResume
 from lightning_compress.distillation.callbacks import Distillation
 from lightning_compress.distillation.module import DistillationModule
 from lightning_compress.evaluation.callbacks import CompressionReport
-from lightning_compress.low_rank.callbacks import LowRank
 from lightning_compress.export import Exported, ExportError, export
+from lightning_compress.low_rank.callbacks import LowRank
 from lightning_compress.pruning import (
     FisherPruning,
     IterativePruning,

@@ -1,6 +1,6 @@
 """Layers with integer weights: what a fake-quantized layer becomes after training.
 
-A layer becomes one by a change of its class: it keeps its settings, its hooks and its place; its float weights are gone.
+A layer becomes one by a change of its class: it keeps its settings, its hooks and its place; its float weights go.
 """
 
 from __future__ import annotations

@@ -65,7 +65,9 @@ def test_a_fold_by_hand() -> None:
     assert layer.bias.tolist() == [-1.0, -11.0]  # 0.5 + (1 - 2) 1.5 and 1 + (2 + 1) (-4)
 
 
-@pytest.mark.parametrize(("symmetric", "per_channel", "bits"), list(itertools.product((True, False), (True, False), (8, 3))))
+@pytest.mark.parametrize(
+    ("symmetric", "per_channel", "bits"), list(itertools.product((True, False), (True, False), (8, 3)))
+)
 def test_a_fold_is_exact_on_every_grid(symmetric: bool, per_channel: bool, bits: int) -> None:
     torch.manual_seed(1)
     layer = integer(torch.randn(6, 4) + 0.3, symmetric=symmetric, per_channel=per_channel, bits=bits)
