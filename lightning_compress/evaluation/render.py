@@ -17,6 +17,7 @@ from rich.text import Text
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.evaluation.schema import to_json
 
+_MOST_WORDS = 100
 _FIGURES = {
     "parameters": "parameters",
     "nonzero_parameters": "non-zero parameters",
@@ -159,11 +160,18 @@ def _view(report: Mapping[str, Any], cell: Any) -> dict[str, Any]:
         "notes": list(map(cell, report["notes"])),
         "rates": _rates(report),
         "layers": layers,
-        "edits": [tuple(cell(edit[key]) for key in ("verb", "path", "kind")) for edit in report["edits"]],
+        "edits": [tuple(map(cell, (edit["verb"], edit["path"], _what(edit)))) for edit in report["edits"]],
         "history_keys": list(map(cell, history)),
         "history": [[cell(_short(record.get(key))) for key in history] for record in report["history"]],
         "environment": [(cell(key), cell(value)) for key, value in facts],
     }
+
+
+def _what(edit: Mapping[str, Any]) -> str:
+    """Return the kind of an edit, with what its configuration says in a few words."""
+    known = {key: value for key, value in edit["config"].items() if isinstance(value, str | int | float | list)}
+    words = ", ".join(f"{key} {_short(value)}" for key, value in known.items() if value is not False)
+    return f"{edit['kind']} ({words})" if words and len(words) <= _MOST_WORDS else str(edit["kind"])
 
 
 def _rates(report: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -1,14 +1,16 @@
 r"""One goal for a whole model, divided over its layers by what each costs in output error.
 
-Every layer is a line of candidates: what it costs at each rank, and the error there. The least sum of errors within a
-budget is found with a multiplier (Everett 1963): each layer takes its best :math:`e + \lambda c`, and :math:`\lambda`
-grows until the budget holds. Steps that a multiplier cannot see are then given back one by one.
+Every layer is a line of candidates: what it costs at each rank, and the error e there, whose loss l is
+:math:`-\log(1 - e)`. The least sum of losses within a budget is found with a multiplier (Everett 1963): each layer
+takes its best :math:`l + \lambda c`, and :math:`\lambda` grows until the budget holds. Steps that a multiplier cannot see
+are then given back one by one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +33,15 @@ class Line:
     cost: Numbers
     error: Numbers
     time: Numbers
+
+    @cached_property
+    def loss(self) -> Numbers:
+        r"""What is made least: :math:`-\log(1 - e)`, the share of a signal that gets through, as it adds up.
+
+        It equals the error where that is small. Sums of errors alone would give up single layers for the others: none
+        can lose more than 1, while nothing gets through a network of which one layer is lost.
+        """
+        return -np.log(np.maximum(1 - self.error, 1e-9))
 
 
 def least_cost(lines: Sequence[Line]) -> float:
@@ -57,7 +68,7 @@ def least_error(lines: Sequence[Line], budget: float, weight: float = 0.0) -> Pi
     Args:
         lines: The layers.
         budget: What the costs may sum up to.
-        weight: What a unit of time counts as error; with it, errors are only the second thing that is minimized.
+        weight: What a unit of time counts as loss.
 
     Returns:
         The number of the candidate of each layer, or ``None`` if the cheapest ones exceed the budget.
@@ -67,7 +78,7 @@ def least_error(lines: Sequence[Line], budget: float, weight: float = 0.0) -> Pi
     >>> least_error([line, other], 6.0), least_error([line, other], 1.0)
     ((1, 2), None)
     """
-    values = [line.error + weight * line.time for line in lines]
+    values = [line.loss + weight * line.time for line in lines]
 
     def at(multiplier: float) -> Picks:
         return tuple(int((value + multiplier * line.cost).argmin()) for value, line in zip(values, lines, strict=True))
@@ -112,7 +123,7 @@ def _give_back(lines: Sequence[Line], picks: Picks, budget: float, quick: bool) 
 def _next_step(line: Line, pick: int, spare: float, quick: bool) -> tuple[float, int]:
     """Return how good the best step of a layer is, and the candidate that it leads to; 0 if there is none."""
     more = line.cost - line.cost[pick]
-    gain = line.error[pick] - line.error
+    gain = line.loss[pick] - line.loss
     usable = (gain > 0) & (more <= spare)
     if not usable.any():
         return 0.0, pick

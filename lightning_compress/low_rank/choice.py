@@ -131,7 +131,7 @@ def divide(tables: Sequence[Table], goal: str, budget: float, favor: str = "accu
         tables: The candidates of each layer.
         goal: The column that is limited: ``"parameters"``, ``"macs"`` or ``"time"``.
         budget: What its sum may be.
-        favor: ``"accuracy"`` makes the sum of errors least; ``"speed"`` makes the time least for which the errors sum
+        favor: ``"accuracy"`` makes the sum of losses least; ``"speed"`` makes the time least for which the errors sum
             up to no more than with an equal share of the cost for every layer.
     """
     lines = [Line(getattr(table, goal), table.error, table.time) for table in tables]

@@ -70,8 +70,9 @@ class Factors:
         round_to: Ranks are multiples of this, which fast kernels like (8 or 16), where layers are wide enough.
         batch_norm: Put a batch norm between the factors of convolutions (Tai et al. 2016): to train them on, or from
             scratch.
-        favor: What a ``compression_rate`` does with freedom: ``"speed"`` makes the model as fast as the summed error of
-            an equal share for every layer allows; ``"accuracy"`` makes the summed error least.
+        favor: What a ``compression_rate`` does with freedom: ``"speed"`` makes the model as fast as the summed squared
+            error of an equal share for every layer allows; ``"accuracy"`` lets most of the signal through, whatever the
+            time. Both keep single layers from being given up for the others.
         samples: How many calibration samples are enough.
         rules: Exceptions by name: a :class:`FactorRule`, or a mapping of its arguments; the last that matches wins.
 

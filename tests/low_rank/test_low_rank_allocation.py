@@ -22,14 +22,14 @@ from lightning_compress.low_rank.allocation import (
 def line(rng: np.random.Generator, size: int, convex: bool = False) -> Line:
     """A layer whose cost and time rise with the rank, while the error falls."""
     steps = np.sort(rng.random(size))[::-1] if convex else rng.random(size)
-    error = np.append(np.cumsum(steps[::-1])[::-1] / steps.sum(), 0.0)
+    error = 0.9 * np.append(np.cumsum(steps[::-1])[::-1] / steps.sum(), 0.0)
     cost = np.cumsum(np.full(size + 1, 1.0) if convex else rng.integers(1, 6, size + 1).astype(float))
     return Line(cost, error, np.cumsum(rng.random(size + 1)))
 
 
 def tried(lines: list[Line], budget: float) -> float:
     choices = itertools.product(*(range(len(line.cost)) for line in lines))
-    return min(total(lines, picks, "error") for picks in choices if total(lines, picks) <= budget)
+    return min(total(lines, picks, "loss") for picks in choices if total(lines, picks) <= budget)
 
 
 @settings(max_examples=60, deadline=None)
@@ -56,7 +56,7 @@ def test_errors_that_fall_ever_slower_are_divided_exactly(seed: int) -> None:
     for budget in (4.0, 9.0, 15.0, 27.0):
         picks = least_error(lines, budget)
         assert picks is not None
-        assert total(lines, picks, "error") == pytest.approx(tried(lines, budget), abs=1e-12)
+        assert total(lines, picks, "loss") == pytest.approx(tried(lines, budget), abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -68,9 +68,9 @@ def test_any_errors_are_divided_almost_exactly(seed: int) -> None:
         budget = share * sum(float(one.cost[-1]) for one in lines)
         picks = least_error(lines, budget)
         assert picks is not None
-        found.append(total(lines, picks, "error"))
+        found.append(total(lines, picks, "loss"))
         best.append(tried(lines, budget))
-    assert sum(found) <= sum(best) + 0.35  # of 12 layers that could lose 1 each
+    assert sum(found) <= 1.25 * sum(best) + 0.1
 
 
 @pytest.mark.parametrize("seed", range(10))
