@@ -2,8 +2,8 @@ r"""One goal for a whole model, divided over its layers by what each costs in ou
 
 Every layer is a line of candidates: what it costs at each rank, and the error e there, whose loss l is
 :math:`-\log(1 - e)`. The least sum of losses within a budget is found with a multiplier (Everett 1963): each layer
-takes its best :math:`l + \lambda c`, and :math:`\lambda` grows until the budget holds. Steps that a multiplier cannot see
-are then given back one by one.
+takes its best :math:`l + \lambda c`, and :math:`\lambda` grows until the budget holds. Steps that a multiplier cannot
+see are then given back one by one.
 """
 
 from __future__ import annotations
