@@ -16,6 +16,7 @@ from lightning_compress import Binarization, Schedule, Select, Ternarization
 from lightning_compress.quantization.binary.callbacks import METHODS
 from lightning_compress.quantization.binary.functions import (
     binarize_inputs,
+    glorot_bound,
     input_scale,
     loss_aware_scale,
     mean_by_filter,
@@ -88,6 +89,13 @@ def test_signs_are_drawn_with_the_probability_of_the_paper():
     assert set(drawn.unique().tolist()) == {-1.0, 1.0}
     up = (drawn > 0).double().mean(0)
     assert torch.allclose(up, torch.tensor([0.0, 0.25, 0.5, 0.9, 1.0]).double(), atol=0.015)
+
+
+def test_glorot_counts_kernels_on_both_sides():
+    assert glorot_bound(torch.zeros(10, 5, 1, 1)) == pytest.approx((1.5 / 15) ** 0.5)
+    assert glorot_bound(torch.zeros(10, 5, 3, 3)) == pytest.approx((1.5 / 135) ** 0.5)
+    part = SignWeight(stochastic=True, bound=0.1)
+    assert torch.equal(part(torch.tensor([-0.1, 0.1]).repeat(50)), torch.tensor([-1.0, 1.0]).repeat(50))
 
 
 def test_stochastic_weights_are_drawn_in_training_and_decided_in_evaluation():
@@ -210,12 +218,13 @@ def test_every_method_trains_and_leaves_two_values_a_filter(method, tmp_path):
 
 
 def test_real_weights_are_clipped_for_binary_connect_only():
-    for method, most in (("binary_connect", 1.0), ("bwn", 5.0)):
+    glorot = (1.5 / (16 + 12)) ** 0.5
+    for callback, most in ((Binarization(), glorot), (Binarization(bound=1), 1.0), (Binarization("bwn"), 5.0)):
         model = Task("MLP")
         nn.init.constant_(model.net.layers[3].weight, 5.0)
-        trainer(Binarization(method), limit_train_batches=2).fit(model)
+        trainer(callback, limit_train_batches=2).fit(model)
         real = model.net.layers[3].parametrizations.weight.original
-        assert real.abs().max().item() == pytest.approx(most, abs=0.1)
+        assert real.abs().max().item() == pytest.approx(most, abs=0.1 if most == 5 else 1e-6)
 
 
 def test_the_loss_aware_scale_follows_the_optimizer():
@@ -289,6 +298,7 @@ def test_half_precision_weights_keep_their_type():
     [
         ({"method": "binaryconnect"}, "did you mean 'binary_connect'"),
         ({"method": "bwn", "stochastic": True}, "`stochastic` goes with"),
+        ({"bound": 0}, "`bound` must be a number above 0"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
@@ -298,7 +308,7 @@ def test_wrong_arguments_are_named(arguments, message):
         Ternarization(threshold=0)
 
 
-@pytest.mark.parametrize(("stochastic", "rate", "steps", "least"), [(False, 0.01, 60, 0.9), (True, 0.1, 150, 0.8)])
+@pytest.mark.parametrize(("stochastic", "rate", "steps", "least"), [(False, 0.01, 60, 0.9), (True, 0.01, 60, 0.9)])
 def test_real_weights_learn_digits_behind_binary_ones(stochastic, rate, steps, least):
     data = load_digits()
     x, y = torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
@@ -311,7 +321,8 @@ def test_real_weights_learn_digits_behind_binary_ones(stochastic, rate, steps, l
         F.cross_entropy(few.train()(x[:1400]), y[:1400]).backward()
         optimizer.step()
         for index in (0, 3):
-            few[index].parametrizations.weight.original.data.clamp_(-1, 1)
+            part = few[index].parametrizations.weight
+            part.original.data.clamp_(-part[0].bound, part[0].bound)
     assert float((few.eval()(x[1400:]).argmax(1) == y[1400:]).float().mean()) > least
 
 

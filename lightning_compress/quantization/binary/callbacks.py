@@ -19,12 +19,13 @@ from lightning_compress.core.plan import PlanRow
 from lightning_compress.core.run import Layers
 from lightning_compress.core.schedule import Schedule
 from lightning_compress.core.select import Select, Selection
-from lightning_compress.quantization.binary.functions import loss_aware_scale
+from lightning_compress.quantization.binary.functions import glorot_bound, loss_aware_scale
 from lightning_compress.quantization.binary.layers import (
     CONVOLUTIONS,
     TRANSPOSED,
     FewLevels,
     LossAwareWeight,
+    SignWeight,
     no_signs,
     takes_signs,
 )
@@ -54,8 +55,8 @@ class FewLevelsCallback(CompressionCallback):
             raise ConfigurationError(f"`final` of the schedule must be 1, few values alone; got {schedule.final:g}")
 
     @abstractmethod
-    def weight_edit(self) -> tuple[str, Mapping[str, Any]]:
-        """Return kind and configuration of the weight's parametrization."""
+    def weight_edit(self, layer: nn.Module) -> tuple[str, Mapping[str, Any]]:
+        """Return kind and configuration of the parametrization of a layer's weight."""
 
     def unfit(self, layer: nn.Module) -> str:
         """Return why a selected layer cannot be taken; empty if it can."""
@@ -74,9 +75,9 @@ class FewLevelsCallback(CompressionCallback):
 
     def prepare(self, layers: Layers) -> Iterable[Edit]:
         """Parametrize each weight, once."""
-        kind, config = self.weight_edit()
         for path, layer in layers.items():
             if _few(layer) is None:
+                kind, config = self.weight_edit(layer)
                 yield Edit("parametrize", path, kind, {"tensor": "weight", "amount": self.schedule.initial, **config})
 
     def plan(self, layers: Layers) -> list[PlanRow]:
@@ -109,11 +110,11 @@ class FewLevelsCallback(CompressionCallback):
                 yield Edit("bake", path, "", {"tensor": "weight"})
 
     def metrics(self, layers: Layers) -> dict[str, float]:
-        """Return the ``strength`` of the few values, and the share of real weights ``beyond_one``."""
-        weights = [_real(layer) for layer in layers.values()]
-        beyond = sum(int((weight.abs() >= 1).sum()) for weight in weights)
+        """Return the ``strength`` of the few values, and the root mean square ``distance`` of real weights to them."""
         strength = max(float(few.amount) for layer in layers.values() if (few := _few(layer)) is not None)
-        return {"strength": strength, "beyond_one": beyond / sum(weight.numel() for weight in weights)}
+        squares = [(_real(layer) - cast(Tensor, layer.weight)).float().square() for layer in layers.values()]
+        mean = sum(float(square.sum()) for square in squares) / sum(square.numel() for square in squares)
+        return {"strength": strength, "distance": mean**0.5}
 
 
 class Binarization(FewLevelsCallback):
@@ -122,7 +123,7 @@ class Binarization(FewLevelsCallback):
     Forward and backward passes use binary weights; the optimizer updates the real ones behind them.
 
     - ``binary_connect`` (Courbariaux et al., arXiv:1511.00363): :math:`w_b = \mathrm{sign}(w)`, or +1 with probability
-      :math:`\mathrm{clip}((w+1)/2, 0, 1)` if ``stochastic``; real weights are clipped to [-1, 1] after each step.
+      :math:`\mathrm{clip}((w/b+1)/2, 0, 1)` if ``stochastic``; real weights are clipped to [-b, b] after each step.
     - ``bwn`` (Rastegari et al., arXiv:1603.05279): :math:`\alpha\,\mathrm{sign}(w)` with :math:`\alpha` the mean
       magnitude of the filter.
     - ``xnor`` (same): ``bwn``, and signs of the inputs, scaled by their mean magnitude under the kernel.
@@ -142,7 +143,10 @@ class Binarization(FewLevelsCallback):
     Args:
         method: One of the above.
         stochastic: Draw signs at random while training; for ``binary_connect`` and ``binary_net``. Evaluation goes by
-            sign.
+            sign, which means little before most real weights have reached their bound.
+        bound: b, above 0, of real weights of ``binary_connect`` and ``binary_net``; default what a weight is after
+            Glorot's initialization, :math:`\sqrt{1.5/(\text{in} + \text{out})}`. A bound of 1, as the paper writes,
+            needs learning rates that are larger by as much, as its authors use.
         schedule: Share of the binary in the weights that are used; default binary from the first step on. A schedule
             that rises from 0 trains towards it.
         select: Which layers; default all Linear and (transposed) convolutions but the first and the last.
@@ -163,6 +167,7 @@ class Binarization(FewLevelsCallback):
         self,
         method: str = "binary_connect",
         stochastic: bool = False,
+        bound: float | None = None,
         schedule: Schedule | None = None,
         select: Select | None = None,
         name: str | None = None,
@@ -172,7 +177,9 @@ class Binarization(FewLevelsCallback):
             raise ConfigurationError(f"`method` is {method!r}: {did_you_mean(str(method), METHODS)}")
         if stochastic and _KIND[method] != "sign_weight":
             raise ConfigurationError(f"`stochastic` goes with 'binary_connect' and 'binary_net' only, got {method!r}")
-        self.method, self.stochastic = method, stochastic
+        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float) or not bound > 0):
+            raise ConfigurationError(f"`bound` must be a number above 0, got {bound!r}")
+        self.method, self.stochastic, self.bound = method, stochastic, None if bound is None else float(bound)
 
     @property
     def _clips(self) -> bool:
@@ -182,9 +189,12 @@ class Binarization(FewLevelsCallback):
     def _signs_inputs(self) -> bool:
         return self.method in ("xnor", "binary_net")
 
-    def weight_edit(self) -> tuple[str, Mapping[str, Any]]:
-        """Return kind and configuration of the weight's parametrization."""
-        return _KIND[self.method], ({"stochastic": self.stochastic} if self._clips else {})
+    def weight_edit(self, layer: nn.Module) -> tuple[str, Mapping[str, Any]]:
+        """Return kind and configuration of the parametrization of a layer's weight."""
+        if not self._clips:
+            return _KIND[self.method], {}
+        bound = glorot_bound(_real(layer)) if self.bound is None else self.bound
+        return _KIND[self.method], {"stochastic": self.stochastic, "bound": bound}
 
     def unfit(self, layer: nn.Module) -> str:
         """Refuse layers whose inputs cannot be binarized, where they should be."""
@@ -211,11 +221,11 @@ class Binarization(FewLevelsCallback):
         return super().plan(layers)
 
     def after_step(self, layers: Layers, optimizer: Optimizer) -> None:
-        """Clip real weights to [-1, 1], or follow the curvature, as the method says."""
+        """Clip real weights to their bound, or follow the curvature, as the method says."""
         for layer in layers.values():
             weight, few = _real(layer), _few(layer)
-            if self._clips and weight.requires_grad:
-                weight.clamp_(-1, 1)
+            if isinstance(few, SignWeight) and weight.requires_grad:
+                weight.clamp_(-few.bound, few.bound)
             if isinstance(few, LossAwareWeight):
                 moment = _second_moment(optimizer, weight)
                 if moment is not None:
@@ -259,8 +269,8 @@ class Ternarization(FewLevelsCallback):
             raise ConfigurationError(f"`threshold` must be a number above 0, got {threshold!r}")
         self.threshold = float(threshold)
 
-    def weight_edit(self) -> tuple[str, Mapping[str, Any]]:
-        """Return kind and configuration of the weight's parametrization."""
+    def weight_edit(self, layer: nn.Module) -> tuple[str, Mapping[str, Any]]:
+        """Return kind and configuration of the parametrization of a layer's weight."""
         return "ternary_weight", {"threshold": self.threshold}
 
     def action(self) -> str:

@@ -40,6 +40,22 @@ def random_signs(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return torch.where(uniform * 2 < x.float() + 1, 1.0, -1.0).to(x.dtype)
 
 
+def glorot_bound(weight: Tensor) -> float:
+    r"""Return :math:`\sqrt{1.5/(\text{in} + \text{out})}`, the size of a weight that is initialized after Glorot.
+
+    What BinaryConnect's authors scale learning rates by: real weights within this bound change their sign after as many
+    steps as weights within 1 at a rate that much larger.
+
+    Args:
+        weight: (out, in, ...); a kernel's positions count on both sides.
+
+    >>> glorot_bound(torch.zeros(200, 400))
+    0.05
+    """
+    positions = weight[0, 0].numel() if weight.dim() > 2 else 1
+    return round(math.sqrt(1.5 / ((weight.shape[0] + weight.shape[1]) * positions)), 8)
+
+
 class _Levels(torch.autograd.Function):
     """``levels * scale`` forward; backward the gradient times ``slope`` for ``x``, nothing for the others."""
 

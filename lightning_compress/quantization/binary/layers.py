@@ -51,19 +51,21 @@ class FewLevels(nn.Module, ABC):
 class SignWeight(FewLevels):
     """-1 and +1 (BinaryConnect); in training at random if ``stochastic``, else and in evaluation by sign.
 
+    Real weights live within ``bound`` of zero, where the sign is certain.
+
     >>> SignWeight()(torch.tensor([-0.2, 0.7])).tolist()
     [-1.0, 1.0]
     """
 
-    def __init__(self, stochastic: bool = False, amount: float = 1.0) -> None:
+    def __init__(self, stochastic: bool = False, bound: float = 1.0, amount: float = 1.0) -> None:
         super().__init__(amount)
-        self.stochastic = stochastic
+        self.stochastic, self.bound = stochastic, bound
 
     def few(self, weight: Tensor) -> Tensor:
         """Return the signs; the gradient passes as it is."""
         draw = self.stochastic and self.training
         with torch.no_grad():
-            levels = random_signs(weight) if draw else signs(weight)
+            levels = random_signs(weight / self.bound) if draw else signs(weight)
         return straight_through(weight, levels)
 
 
@@ -120,9 +122,9 @@ class TernaryWeight(FewLevels):
 
 
 @register_kind("parametrize", "sign_weight")
-def sign_weight(layer: nn.Module, stochastic: bool = False, amount: float = 1.0) -> nn.Module:
+def sign_weight(layer: nn.Module, stochastic: bool = False, bound: float = 1.0, amount: float = 1.0) -> nn.Module:
     """Build a :class:`SignWeight`."""
-    return SignWeight(stochastic, amount).to(_device(layer))
+    return SignWeight(stochastic, bound, amount).to(_device(layer))
 
 
 @register_kind("parametrize", "scaled_sign_weight")
