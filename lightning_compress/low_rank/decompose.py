@@ -28,8 +28,8 @@ from lightning_compress.core.journal import Edit
 from lightning_compress.core.patches import layer_patches
 from lightning_compress.core.verbs import layout_of
 from lightning_compress.low_rank.kinds import KIND, check, hand_over, structure
-from lightning_compress.low_rank.layers import Factorized, factor_shapes, norm_reason
-from lightning_compress.low_rank.matrix import as_float, norm
+from lightning_compress.low_rank.layers import Factorized, dense_of, factor_shapes, norm_reason
+from lightning_compress.low_rank.matrix import as_float, energy
 from lightning_compress.low_rank.method import Effort, Method, Ranks
 from lightning_compress.low_rank.methods import METHODS, automatic, method_named
 from lightning_compress.low_rank.shapes import LAYERS, LayerShape, blocks_of, own_tensors, shape_of, weight_of
@@ -96,7 +96,7 @@ def why_not(layer: nn.Module, method: str = "auto", batch_norm: bool = False) ->
     'depthwise: each channel has a kernel of its own, there is nothing to share'
     """
     try:
-        shape = shape_of(layer)
+        shape = shape_of(dense_of(layer))
     except ConfigurationError as error:
         return str(error)
     reason = method_named(automatic(shape) if method == "auto" else method).reason(shape)
@@ -109,7 +109,7 @@ def best_method(layer: nn.Module) -> str:
     >>> best_method(nn.Conv2d(8, 8, 3)), best_method(nn.Conv1d(8, 8, 3)), best_method(nn.Linear(8, 8))
     ('spatial_svd', 'channel_svd', 'svd')
     """
-    return automatic(shape_of(layer))
+    return automatic(shape_of(dense_of(layer)))
 
 
 def full_ranks(layer: nn.Module | LayerShape, method: str = "auto") -> Ranks:
@@ -164,7 +164,7 @@ def dense_cost(layer: nn.Module | LayerShape, size: Sequence[int] = ()) -> Cost:
     >>> dense_cost(nn.Linear(8, 4))
     Cost(parameters=36, weights=32, macs=32)
     """
-    shape = layer if isinstance(layer, LayerShape) else shape_of(layer)
+    shape = layer if isinstance(layer, LayerShape) else shape_of(dense_of(layer))
     return _total(shape, (shape,), size)
 
 
@@ -186,9 +186,10 @@ def spectra(layer: nn.Module, method: str = "auto") -> tuple[Tensor, ...]:
     >>> [values.shape for values in spectra(nn.Conv2d(16, 32, 3), "spatial_svd")]
     [torch.Size([1, 48])]
     """
-    shape, chosen = _resolve(layer, method)
+    dense = dense_of(layer)
+    shape, chosen = _resolve(dense, method)
     check_method(shape, chosen)
-    blocks = blocks_of(as_float(own_tensors(layer)["weight"]), shape)
+    blocks = blocks_of(as_float(own_tensors(dense)["weight"]), shape)
     per_group = [method_named(chosen).spectra(block) for block in blocks]
     return tuple(torch.stack(values) for values in zip(*per_group, strict=True))
 
@@ -202,13 +203,14 @@ def factorize(
     moment: Tensor | None = None,
     steps: int | None = None,
 ) -> Factorization:
-    """Return the factors of a trained layer.
+    """Return the factors of a trained layer, or fewer of them of a layer that is factorized already.
 
     The factors keep dtype, device and ``requires_grad`` of the weight, and the bias Parameter itself. Half precision
     is computed in float32. The layer stays as it is.
 
     Args:
-        layer: Any of :data:`LAYERS`.
+        layer: Any of :data:`LAYERS`, or factors of one: they are multiplied out first. So a model can be compressed in
+            stages, a little at a time with training in between (MUSCO, Gusak et al. 2019, arXiv 1903.09973).
         method: Name of the method, or ``"auto"``.
         ranks: As the method counts them, over all groups.
         batch_norm: Put a batch norm after each factor but the last, which starts as the identity.
@@ -229,23 +231,27 @@ def factorize(
       )
     ))
     """
-    shape, chosen = _resolve(layer, method)
-    ranks = tuple(ranks)
+    dense, ranks = dense_of(layer), tuple(ranks)
+    shape, chosen = _resolve(dense, method)
     check(shape, chosen, ranks, batch_norm)
-    weight = as_float(own_tensors(layer)["weight"])
+    weight = as_float(own_tensors(dense)["weight"])
     if not bool(torch.isfinite(weight).all()):
         raise ConfigurationError("the weight holds infinite or undefined numbers; factors need finite ones")
     blocks, algebra = blocks_of(weight, shape), method_named(chosen)
     moments = _moments(moment, shape, algebra)
     inner = tuple(rank // shape.groups for rank in ranks)
-    split, off = [], []
+    split: list[list[Tensor]] = []
+    lost, seen_lost = _Share(), _Share()
     for block, seen in zip(blocks, moments, strict=True):
         split.append(algebra.split(block, inner, Effort(seen, steps)))
-        off.append(block - algebra.merge(split[-1], shape))
-    module = structure(layer, chosen, ranks, batch_norm, device="meta")
-    _fill(module, [torch.stack(parts) for parts in zip(*split, strict=True)], own_tensors(layer)["weight"])
-    seen_error = None if moment is None else _ratio(off, list(blocks), moments)
-    return Factorization(layer, module, _ratio(off, list(blocks), [None] * len(off)), seen_error)
+        off = algebra.merge(split[-1], shape).sub_(block)
+        lost.add(energy(off), energy(block))
+        if seen is not None:
+            seen_lost.add(_seen_energy(off, seen), _seen_energy(block, seen))
+    del off
+    module = structure(dense, chosen, ranks, batch_norm, device="meta")
+    _fill(module, [torch.stack(parts) for parts in zip(*split, strict=True)], own_tensors(dense)["weight"])
+    return Factorization(layer, module, lost.root(), None if moment is None else seen_lost.root())
 
 
 def second_moment(layer: nn.Module, inputs: Tensor) -> Tensor:
@@ -285,15 +291,21 @@ def _moments(moment: Tensor | None, shape: LayerShape, method: Method) -> list[T
     return list(moment)
 
 
-def _ratio(off: Sequence[Tensor], whole: Sequence[Tensor], moments: Sequence[Tensor | None]) -> float:
-    size = sum(_energy(block, moment) for block, moment in zip(whole, moments, strict=True))
-    lost = sum(_energy(block, moment) for block, moment in zip(off, moments, strict=True))
-    return math.sqrt(max(lost, 0.0) / size) if size > 0 else 0.0
+@dataclass
+class _Share:
+    """What was lost of a whole, over groups."""
+
+    lost: float = 0.0
+    whole: float = 0.0
+
+    def add(self, lost: float, whole: float) -> None:
+        self.lost, self.whole = self.lost + lost, self.whole + whole
+
+    def root(self) -> float:
+        return math.sqrt(max(self.lost, 0.0) / self.whole) if self.whole > 0 else 0.0
 
 
-def _energy(block: Tensor, moment: Tensor | None) -> float:
-    if moment is None:
-        return norm(block) ** 2
+def _seen_energy(block: Tensor, moment: Tensor) -> float:
     rows = block.flatten(1).double()
     return float(((rows @ moment.double().to(rows.device)) * rows).sum())
 
@@ -320,5 +332,5 @@ def check_method(shape: LayerShape, method: str) -> None:
 
 
 def _resolve(layer: nn.Module | LayerShape, method: str) -> tuple[LayerShape, str]:
-    shape = layer if isinstance(layer, LayerShape) else shape_of(layer)
+    shape = layer if isinstance(layer, LayerShape) else shape_of(dense_of(layer))
     return shape, automatic(shape) if method == "auto" else method

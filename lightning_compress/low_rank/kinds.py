@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.verbs import register_kind
-from lightning_compress.low_rank.layers import Factorized, container, factor_shapes, norm_reason
+from lightning_compress.low_rank.layers import Factorized, container, dense_of, factor_shapes, norm_reason
 from lightning_compress.low_rank.matrix import as_float
 from lightning_compress.low_rank.merging import absorb, affine_of
 from lightning_compress.low_rank.method import Ranks
@@ -38,7 +38,7 @@ def build_factorized(
     """Return the structure of a factorized layer: with values if they were handed over, else freshly initialized.
 
     Args:
-        layer: What stands there now; its shape, dtype, device and bias Parameter are kept.
+        layer: What stands there now, factors included; its shape, dtype, device and bias Parameter are kept.
         method: Name of the method.
         ranks: As the method counts them.
         batch_norm: Whether a batch norm follows each factor but the last.
@@ -63,9 +63,10 @@ def structure(
     layer: nn.Module, method: str, ranks: Ranks, batch_norm: bool = False, device: torch.device | str | None = None
 ) -> Factorized:
     """Return freshly initialized factors for a layer, with its bias Parameter, dtype and (if none is given) device."""
-    shape = shape_of(layer)
+    dense = dense_of(layer)
+    shape = shape_of(dense)
     check(shape, method, ranks, batch_norm)
-    weight, bias = own_tensors(layer)["weight"], own_tensors(layer).get("bias")
+    weight, bias = own_tensors(dense)["weight"], own_tensors(dense).get("bias")
     module = container(shape, method)(shape, method, ranks, batch_norm, device or weight.device, weight.dtype)
     module.requires_grad_(weight.requires_grad)
     if bias is not None:

@@ -103,7 +103,7 @@ class Factorized(nn.Module):
         Raises:
             ConfigurationError: If a factor has no weight to multiply with (it was quantized); says why.
         """
-        layers = [layer.to_dense() if isinstance(layer, Factorized) else layer for layer in self.layers()]
+        layers = [dense_of(layer) for layer in self.layers()]
         shapes = [shape_of(layer) for layer in layers]
         weight, bias = own_tensors(layers[0])["weight"], self.own_bias()
         factors = [as_float(own_tensors(layer)["weight"]) for layer in layers]
@@ -166,6 +166,15 @@ class FactorizedTrain(Factorized):
     def ends(self, shapes: Sequence[LayerShape]) -> tuple[int, int]:
         """Return inputs and outputs of the layer, which stay what they were."""
         return self.shape.inputs, self.shape.outputs
+
+
+def dense_of(layer: nn.Module) -> nn.Module:
+    """Return the layer that factors stand for, or the layer itself if it is not factorized.
+
+    >>> dense_of(Factorized(LayerShape("linear", 4, 3), "svd", (2,)))
+    Linear(in_features=4, out_features=3, bias=False)
+    """
+    return layer.to_dense() if isinstance(layer, Factorized) else layer
 
 
 def container(shape: LayerShape, method: str) -> type[Factorized]:

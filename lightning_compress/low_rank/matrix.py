@@ -15,9 +15,17 @@ def as_float(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def norm(values: Tensor) -> float:
-    """Return the Frobenius norm, summed in float64 (float32 sums are 1 % off at a hundred million numbers)."""
-    return float(torch.linalg.vector_norm(values.detach(), dtype=torch.float64))
+def energy(values: Tensor) -> float:
+    """Return the sum of squares, in float64 (float32 sums are 1 % off at a hundred million numbers), piece by piece.
+
+    >>> energy(torch.tensor([3.0, 4.0]))
+    25.0
+    """
+    pieces = values.detach().reshape(-1).split(_PIECE)
+    return sum(float(piece.double().square().sum()) for piece in pieces)
+
+
+_PIECE = 1 << 22
 
 
 def gram_vectors(matrix: Tensor, rank: int) -> Tensor:
@@ -36,6 +44,27 @@ def gram_vectors(matrix: Tensor, rank: int) -> Tensor:
     exact = matrix.double() if matrix.shape[0] <= _EXACT_UP_TO else matrix
     vectors: Tensor = torch.linalg.eigh(exact @ exact.t())[1]
     return vectors[:, -rank:].flip(1).to(matrix.dtype)
+
+
+def leading_vectors(matrix: Tensor, rank: int) -> Tensor:
+    """Return the leading left singular vectors; of large matrices at a small rank by random projection.
+
+    Subspace iteration from a seeded random start (Halko et al. 2011, arXiv 0909.4061), with half as many directions
+    again as the rank and four rounds: then the error of a truncation is at most some 0.5 % above the optimum, for a
+    matrix without any structure. Random states stay as they are.
+
+    Args:
+        matrix: (m, n), best with m <= n.
+        rank: How many.
+    """
+    if matrix.shape[0] <= _EXACT_UP_TO or rank > matrix.shape[0] // 8:
+        return gram_vectors(matrix, rank)
+    start = torch.randn(matrix.shape[1], rank + rank // 2 + 10, generator=torch.Generator().manual_seed(0))
+    seen = matrix @ start.to(matrix)
+    for _ in range(4):
+        seen = matrix @ (matrix.t() @ torch.linalg.qr(seen).Q)
+    basis = torch.linalg.qr(seen).Q
+    return basis @ gram_vectors(basis.t() @ matrix, rank)
 
 
 def singular_values(matrix: Tensor) -> Tensor:
@@ -80,7 +109,7 @@ def split_matrix(matrix: Tensor, rank: int, moment: Tensor | None = None) -> tup
     if matrix.shape[0] > matrix.shape[1]:
         right, left = split_matrix(matrix.t(), rank)
         return left.t(), right.t()
-    left = gram_vectors(matrix, rank)
+    left = leading_vectors(matrix, rank)
     return balance(left, left.t() @ matrix)
 
 

@@ -178,6 +178,28 @@ def test_factors_can_be_factorized_again_and_still_multiplied_out() -> None:
     torch.testing.assert_close(net[0].to_dense()(x), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_model_is_compressed_in_stages() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(), nn.Linear(8, 6)).eval()
+    bias = net[0].bias
+    first = factorize(net[0], "tucker", [5, 7])
+    apply(net, first.edit("0"))
+    assert full_ranks(net[0], "tucker") == (6, 8)
+    second = factorize(net[0], "tucker", [3, 4])
+    apply(net, second.edit("0"))
+    apply(net, factorize(net[2], "tt", [2, 4]).edit("2"))
+    apply(net, factorize(net[2], "svd", [3]).edit("2"))
+    assert net[0].ranks == (3, 4)
+    assert net[0].own_bias() is bias
+    direct = factorize(first.module.to_dense(), "tucker", [3, 4])
+    assert second.error == pytest.approx(direct.error, rel=1e-5)
+    x = torch.randn(2, 6, 8, 8)
+    bare = nn.Sequential(nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(), nn.Linear(8, 6)).eval()
+    install_hooks(bare)
+    bare.load_state_dict(net.state_dict())
+    assert torch.equal(bare(x), net(x))
+
+
 @pytest.mark.parametrize("padding_idx", [None, 2])
 def test_embedding_tables(padding_idx: int | None) -> None:
     table = nn.Embedding(12, 8, padding_idx=padding_idx)
