@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from lightning_compress import (
@@ -176,6 +177,34 @@ def test_weights_of_a_cluster_stay_equal_to_the_bit(name: str) -> None:
     assert bool((model.first.weight[:, ::3] == 0).all())
 
 
+@pytest.mark.parametrize("start", [0, 3])
+def test_averaged_weights_are_shared_in_the_file_too(start: int, tmp_path: Path) -> None:
+    model, average = Net(OPTIMIZERS["adam"]), EMAWeightAveraging(decay=0.8, update_every_n_steps=1)
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    fit(model, average, WeightSharing(2, at(start)), saver, enable_checkpointing=True)
+    saved = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
+    for key in ("first.weight", "second.weight"):
+        assert clusters(saved["state_dict"][key]) == 4
+    assert (clusters(model.first.weight), clusters(model.second.weight)) == (4, 4)
+
+
+def test_a_step_that_the_gradient_scaler_skips_changes_nothing() -> None:
+    class Overflow(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return loss * torch.inf if batch_idx == 2 else loss
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            seen.append(self.first.weight.detach().clone())
+
+    seen: list[Tensor] = []
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))
+    fit(Overflow(), WeightSharing(2, at(0)), plugins=[precision], max_epochs=1)
+    assert torch.equal(seen[1], seen[2])
+    assert not torch.equal(seen[2], seen[3])
+    assert all(clusters(weight) == 4 and bool(torch.isfinite(weight).all()) for weight in seen)
+
+
 def test_the_first_batch_already_sees_shared_weights_with_a_start_of_zero() -> None:
     model = Net()
     callback = WeightSharing(2, at(0))
@@ -272,6 +301,29 @@ def test_frozen_weights_wait_until_they_are_unfrozen() -> None:
     callback = WeightSharing(2, at(2))
     fit(model, callback)
     assert clusters(model.first.weight) == 4
+
+
+def test_weights_that_are_unfrozen_later_join_the_global_codebook() -> None:
+    class Thaw(Net):
+        def on_train_epoch_start(self) -> None:
+            self.first.weight.requires_grad_(self.current_epoch >= 1)
+
+    model = Thaw(lambda p: torch.optim.SGD(p, lr=0.01))
+    model.first.weight.requires_grad_(False)
+    fit(model, WeightSharing(2, at(2), scope="global"), max_epochs=1)
+    assert clusters(model.first.weight) > 4
+    model.first.weight.requires_grad_(False)
+    fit(model, WeightSharing(2, at(0), scope="global"), max_epochs=3)
+    both = torch.cat([model.first.weight.flatten(), model.second.weight.flatten()])
+    assert clusters(model.second.weight) == clusters(both) == 4
+    assert clusters(model.first.weight) > 1
+
+
+def test_a_global_codebook_has_one_type() -> None:
+    model = Net()
+    model.second.half()
+    shared = compress(model, WeightSharing(2, scope="global"))
+    assert (clusters(shared.first.weight), clusters(shared.second.weight)) == (4, 4)
 
 
 def test_tied_weights() -> None:

@@ -24,6 +24,7 @@ from lightning_compress.core.select import Select, Selection
 from lightning_compress.core.targets import shape_of, tied_with
 from lightning_compress.quantization.sharing.held import GRADIENTS, SHAREABLE, HeldCodes
 from lightning_compress.quantization.sharing.importance import Fisher, adam_importance, as_importance
+from lightning_compress.quantization.sharing.kmeans import nearest
 from lightning_compress.quantization.sharing.quantizers import CodebookQuantizer, as_quantizer
 from lightning_compress.quantization.sharing.rules import SharingRule
 
@@ -65,6 +66,7 @@ class WeightSharing(CompressionCallback):
         importance: What each weight counts in its cluster: ``"equal"``; by the diagonal of the Hessian (Choi et al.,
             arXiv:1612.01543) from the squared ``"gradients"`` of training before the start, from ``"adam"``'s second
             moment, or from :class:`~lightning_compress.quantization.sharing.importance.Fisher` on calibration data.
+            It helped k-means with few clusters a little, entropy-constrained ones not measurably.
         gradient: ``"sum"``, as in the paper, or ``"mean"``: the sum by the number of weights in the cluster.
         name: Tells two of these callbacks apart.
 
@@ -126,8 +128,9 @@ class WeightSharing(CompressionCallback):
         found = self._held.find(root, Selection(chosen, {k: v for k, v in left.items() if k not in chosen}))
         self._rule_of = {t.key: rule_of[t.layer] for t in self._held.targets if t.layer in rule_of}
         if self.scope == "global":
-            free = (key for key in self._held.groups if key not in self._rule_of)
-            self._held.groups |= dict.fromkeys(free, _EVERYTHING)
+            free = {key: w.dtype for key, w in self._held.weights(found.layers).items() if key not in self._rule_of}
+            mixed = len(set(free.values())) > 1  # a shared value has one type
+            self._held.groups |= {k: f"{_EVERYTHING} {dtype}" if mixed else _EVERYTHING for k, dtype in free.items()}
         whole = {_ROOT: root} if isinstance(self.importance, Fisher) else {}
         return Selection({**whole, **found.layers}, found.left)
 
@@ -136,7 +139,7 @@ class WeightSharing(CompressionCallback):
         rows = []
         for key, weight in self._held.weights(layers).items():
             action = f"share: {self._quantizer_of(key)}"
-            action += ", one codebook for all" if self._held.groups[key] == _EVERYTHING else ""
+            action += ", one codebook for all" if self._held.groups[key] != key else ""
             action += "" if self.importance == "equal" else f", weighted by {self.importance}"
             action += tied_with(self._held.targets, key)
             action = action if weight.requires_grad else f"kept while frozen, then {action}"
@@ -235,7 +238,12 @@ class WeightSharing(CompressionCallback):
         values = torch.cat([_flat(weight) for weight in weights.values()])
         alive = values != 0
         codes, centroids = torch.full(values.shape, -1, dtype=torch.int32), torch.zeros(0, dtype=torch.float64)
-        if bool(alive.any()):
+        present = self._held.present(layers, group)
+        if present is not None:  # weights that were unfrozen later join the others
+            centroids = present
+            order = centroids.argsort()[: int(centroids.isfinite().sum())]
+            codes[alive] = order[nearest(values[alive], centroids[order]).long()].int()
+        elif bool(alive.any()):
             h = torch.cat([_flat(importance[key]) for key in weights])[alive] if importance else None
             try:
                 book = self._quantizer_of(next(iter(weights))).codebook(values[alive], h, self._generator(group))

@@ -92,6 +92,19 @@ class HeldCodes:
             members = self.members[key] = Members.of(given.to(weights[key].device))
             members.put(weights[key], centroids.to(weights[key])[members.codes])
 
+    def present(self, layers: Layers, group: str) -> Tensor | None:
+        """Return the shared values of a codebook as they are now, (k,), NaN for a cluster without weights.
+
+        ``None`` if nothing shares them yet.
+        """
+        pool = self._pools(layers).get(group)
+        if pool is None or not any(len(members.codes) for _, members in pool):
+            return None
+        table = torch.full((self.sizes[group],), torch.nan, dtype=torch.float64)
+        for weight, members in pool:
+            table[members.codes.cpu()] = members.take(weight).cpu().double()
+        return table
+
     def share_gradients(self, layers: Layers, how: str = "sum") -> None:
         r"""Give every weight of a cluster the gradient of the shared value, and pruned weights none.
 

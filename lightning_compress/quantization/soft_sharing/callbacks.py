@@ -146,7 +146,10 @@ class SoftWeightSharing(CompressionCallback):
         if not self._held.members:
             self._mixture = merge(self._mixture, self.divergence)
         codes = assign(_joined(weights), self._mixture).split([weight.numel() for weight in weights.values()])
-        centroids = self._mixture.means.clone()
+        centroids, present = self._mixture.means.clone(), self._held.present(layers, _GROUP)
+        if present is not None:  # weights that were unfrozen later join the others, whose values have moved on
+            known = present.isfinite().to(centroids.device)
+            centroids = torch.where(known, present.to(centroids), centroids)
         self._held.share(layers, dict(zip(weights, codes, strict=True)), _GROUP, centroids)
 
     def enforce(self, layers: Layers) -> None:
