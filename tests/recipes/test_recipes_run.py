@@ -28,6 +28,7 @@ RATES = {"digits_2to4": 1.7, "digits_optimal_brain": 4, "mnist_lenet300_merge": 
     "mnist_lottery": 3.5,
     "mnist_ssl_lenet5": 2,
     "deep_compression_lenet300": 40,
+    "deep_compression_lenet5": 40,
     "digits_deep_compression": 30,
 }
 """How many times smaller the file must get at least; structured recipes 2, all others 6 times."""
@@ -42,6 +43,7 @@ FEW = [f"trainer.limit_{part}_batches=2" for part in ("train", "val", "test")]
 def test_no_recipe_is_forgotten() -> None:
     assert set(RECIPES) == {
         "deep_compression_lenet300",
+        "deep_compression_lenet5",
         "digits_2to4",
         "digits_deep_compression",
         "digits_optimal_brain",
