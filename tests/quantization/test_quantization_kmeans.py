@@ -97,9 +97,19 @@ def test_initial_centroids_by_hand() -> None:
     assert sum(100.0 in pair for pair in drawn) > 45  # the squared distance decides
 
 
-def test_empty_clusters_move_to_the_farthest_number() -> None:
+def test_a_centroid_without_numbers_splits_the_worst_cluster() -> None:
     # 0..100 in five places: three of them are empty at first, and every number has a cluster in the end
     assert kmeans(torch.tensor([0.0, 1.0, 2.0, 3.0, 100.0]), 5).tolist() == [0, 1, 2, 3, 100]
+    # 0, 50, 100: the middle is empty; {0, 1, 4} has an error of 8.7, {98, 100} of 2: it splits at its mean
+    assert kmeans(torch.tensor([0.0, 1.0, 4.0, 98.0, 100.0]), 3).tolist() == [0.5, 4, 99]
+
+
+@pytest.mark.parametrize("count", [300, 3000, 30_000])
+def test_is_no_worse_than_scikit_learn_where_clusters_are_empty_at_first(count: int) -> None:
+    values = torch.randn(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = initial_centroids(Line.of(values), 32, "linear")
+    theirs = SklearnKMeans(32, init=start[:, None], n_init=1, max_iter=1000, tol=0).fit(values[:, None].numpy())
+    assert cost(values, kmeans(values, 32)) <= 1.02 * theirs.inertia_
 
 
 def test_never_more_centroids_than_numbers() -> None:
