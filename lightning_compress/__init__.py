@@ -49,6 +49,7 @@ from lightning_compress.quantization.assignment import QuantizationRule
 from lightning_compress.quantization.binary.callbacks import Binarization, Ternarization
 from lightning_compress.quantization.callbacks import QuantizationAwareTraining
 from lightning_compress.quantization.fixed_point.callbacks import FixedPointTraining
+from lightning_compress.quantization.post_training import PostTrainingQuantization, PostTrainingSteps
 from lightning_compress.quantization.sharing import SharingRule, WeightSharing
 from lightning_compress.quantization.soft_sharing import SoftWeightSharing
 
@@ -80,6 +81,8 @@ __all__ = [
     "ModelCheckpointAtTarget",
     "NeuronMerging",
     "OptimalBrainCompression",
+    "PostTrainingQuantization",
+    "PostTrainingSteps",
     "QuantizationAwareTraining",
     "QuantizationRule",
     "QuantizerSpec",

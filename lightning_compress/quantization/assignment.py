@@ -134,14 +134,25 @@ class Settings:
 
 
 def make_settings(
-    weights: SpecLike, activations: SpecLike, rules: Mapping[str, QuantizationRule], ends: int | None
+    weights: SpecLike,
+    activations: SpecLike,
+    rules: Mapping[str, QuantizationRule],
+    ends: int | None,
+    defaults: tuple[QuantizerSpec, QuantizerSpec] = (WEIGHT, ACTIVATION),
 ) -> Settings:
     """Return settings from what a user wrote.
+
+    Args:
+        weights: General setting.
+        activations: General setting.
+        rules: By name.
+        ends: Least bits of the first and the last layer, or ``None``.
+        defaults: What holds for arguments of weights and activations that are not given.
 
     Raises:
         ConfigurationError: For values out of range, or if nothing is to be quantized.
     """
-    chosen = as_spec(weights, WEIGHT, "weights"), as_spec(activations, ACTIVATION, "activations")
+    chosen = as_spec(weights, defaults[0], "weights"), as_spec(activations, defaults[1], "activations")
     if chosen == (None, None) and not rules:
         raise ConfigurationError("`weights` and `activations` are both null, so nothing would be quantized")
     return Settings(*chosen, rules, ends)

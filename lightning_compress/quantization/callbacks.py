@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_compress.core.callback import CompressionCallback
-from lightning_compress.core.errors import ConfigurationError, SelectionError
+from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.examples import own_example
 from lightning_compress.core.journal import Edit
 from lightning_compress.core.paths import named_layers
@@ -20,12 +20,12 @@ from lightning_compress.core.rules import build_rules
 from lightning_compress.core.run import Layers
 from lightning_compress.core.schedule import Time
 from lightning_compress.core.select import Select, Selection
-from lightning_compress.quantization.assignment import Assignment, QuantizationRule, SpecLike, make_settings
-from lightning_compress.quantization.layers import CLASSES, own_quantizers, why_not
+from lightning_compress.quantization.assignment import QuantizationRule, SpecLike, make_settings
+from lightning_compress.quantization.choice import Choice, choose_quantized
+from lightning_compress.quantization.layers import CLASSES, own_quantizers
 from lightning_compress.quantization.phases import make_phases
-from lightning_compress.quantization.preparation import holds_padding, plan_rows, prepare_edits
+from lightning_compress.quantization.preparation import plan_rows, prepare_edits
 from lightning_compress.quantization.quantizer import Quantizer, update_ranges
-from lightning_compress.quantization.sites import Sites, find_sites, is_prepared, sites_of
 from lightning_compress.quantization.states import begin, enforce_state, follow, mean_bits, refresh
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -94,42 +94,21 @@ class QuantizationAwareTraining(CompressionCallback):
         super().__init__(self.phases.schedule, Select() if select is None else select, name)
         built = build_rules(rules, QuantizationRule)
         self.settings = make_settings(weights, activations, built, ends)
-        self._assigned: dict[str, Assignment] = {}
-        self._sites = Sites()
+        self._choice = Choice()
         self._norms: tuple[str, ...] = ()
-        self._encoders: tuple[str, ...] = ()
         self._fresh = False
 
     def choose(self, root: nn.Module) -> Selection:
         """Select the layers, find out what each gets, and which batch norms there are."""
-        selection = super().choose(root)
-        inner = {
-            f"{path}.out_proj" for path, layer in selection.layers.items() if isinstance(layer, nn.MultiheadAttention)
-        }
-        reasons = {path: why_not(layer) for path, layer in selection.layers.items() if path not in inner}
-        layers = {path: layer for path, layer in selection.layers.items() if not reasons.get(path, "it belongs")}
-        left = {**selection.left, **{path: f"kept: {why}" for path, why in reasons.items() if why}}
-        if not layers:
-            raise SelectionError(
-                f"no selected layer can be quantized: {'; '.join(f'{p}: {w}' for p, w in left.items())}"
-            )
-        self._assigned = {
-            path: given
-            for path, given in self.settings.assign(root, layers).items()
-            if given.weights is not None or given.activations is not None
-        }
+        choice = self._choice = choose_quantized(root, super().choose(root), self.settings, own_example(root))
         everything = named_layers(root)
         self._norms = tuple(path for path, layer in everything.items() if isinstance(layer, NORMS))
-        self._encoders = tuple(path for path, layer in everything.items() if holds_padding(layer, self._assigned, path))
-        prepared = is_prepared(root, self._assigned)
-        general = self.settings.activations
-        self._sites = sites_of(root) if prepared else find_sites(root, self._assigned, general, own_example(root))
-        chosen = {*self._assigned, *self._sites.outputs, *self._norms}
-        return Selection({path: layer for path, layer in everything.items() if path in chosen}, left)
+        chosen = {*choice.paths, *self._norms}
+        return Selection({path: layer for path, layer in everything.items() if path in chosen}, choice.left)
 
     def prepare(self, layers: Layers) -> Iterable[Edit]:
         """Give each layer its quantizers, once."""
-        return prepare_edits(layers, self._assigned, self._sites, self._encoders)
+        return prepare_edits(layers, self._choice.assigned, self._choice.sites, self._choice.encoders)
 
     def plan(self, layers: Layers) -> list[PlanRow]:
         """Return a row for each layer; refuse learned ranges that no optimizer trains."""
@@ -140,14 +119,14 @@ class QuantizationAwareTraining(CompressionCallback):
             for group in optimizer.param_groups
             for p in group["params"]
         }
-        for path in self._quantized:
+        for path in self._choice.paths:
             for quantizer in own_quantizers(layers[path]):
                 if any(p.requires_grad and id(p) not in held for p in quantizer.parameters()):
                     raise ConfigurationError(
                         f"the learned range of {path!r} is in no optimizer: `configure_optimizers` must take all of "
                         "`self.parameters()`, or those of this layer; or choose an observed `range`"
                     )
-        return plan_rows(layers, self._assigned, self._sites)
+        return plan_rows(layers, self._choice.assigned, self._choice.sites)
 
     def attach_values(self, layers: Layers) -> None:
         """Let quantizers observe, or be as far as a checkpoint says."""
@@ -163,7 +142,7 @@ class QuantizationAwareTraining(CompressionCallback):
         everything = self._run.layers if self._run is not None else layers
         costly = self.updates % _COSTLY_EVERY == 0
         update_ranges(self._quantizers(everything), costly)
-        for path in self._assigned:
+        for path in self._choice.assigned:
             follow(everything[path], costly)
         self._fresh = True
 
@@ -179,12 +158,12 @@ class QuantizationAwareTraining(CompressionCallback):
     def enforce_state(self, state_dict: dict[str, Any]) -> None:
         """Put the flags, and consistent ranges, into a ``state_dict`` that may hold averages."""
         if self._run is not None:
-            enforce_state(state_dict, {path: self._run.layers[path] for path in self._quantized})
+            enforce_state(state_dict, {path: self._run.layers[path] for path in self._choice.paths})
 
     def update(self, layers: Layers, amount: float) -> None:
         """Begin what the schedule says: quantization, frozen ranges, frozen batch norms."""
         begun = self.phases.begun(amount)
-        for path in self._quantized:
+        for path in self._choice.paths:
             begin(layers[path], frozen="ranges" in begun)
         self._freeze_norms(layers, begun)
 
@@ -192,19 +171,14 @@ class QuantizationAwareTraining(CompressionCallback):
         """Return the share of quantizers that are ``quantizing``, and the mean ``weight_bits``."""
         quantizers = self._quantizers(layers)
         share = sum(q.active for q in quantizers) / max(1, len(quantizers))
-        return {"quantizing": share, "weight_bits": mean_bits({path: layers[path] for path in self._assigned})}
+        return {"quantizing": share, "weight_bits": mean_bits({path: layers[path] for path in self._choice.assigned})}
 
     def reset_values(self) -> None:
         """Forget what belongs to another model."""
-        self._assigned, self._sites, self._norms, self._encoders, self._fresh = {}, Sites(), (), (), False
+        self._choice, self._norms, self._fresh = Choice(), (), False
 
     def _quantizers(self, layers: Layers) -> list[Quantizer]:
-        return [q for path in self._quantized if path in layers for q in own_quantizers(layers[path])]
-
-    @property
-    def _quantized(self) -> list[str]:
-        """Paths of all modules that have quantizers."""
-        return list(dict.fromkeys([*self._assigned, *self._sites.outputs]))
+        return [q for path in self._choice.paths if path in layers for q in own_quantizers(layers[path])]
 
     def _freeze_norms(self, layers: Layers, begun: set[str] | None = None) -> None:
         if "batch_norm" in (self.phases.begun(self._amount) if begun is None else begun):

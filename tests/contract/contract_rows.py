@@ -27,6 +27,7 @@ from lightning_compress import (
     LowRank,
     NeuronMerging,
     OptimalBrainCompression,
+    PostTrainingQuantization,
     QuantizationAwareTraining,
     Rule,
     Schedule,
@@ -313,6 +314,10 @@ def _sparsity(strength: float, *arguments: Any, **more: Any) -> Callable[[], Com
 
 
 _QUANTIZED_MIXED = ("stem", "depthwise", "grouped", "head", "grouped", "drop")
+_QUANTIZED_SEQUENCES = (
+    *("embed", "conv", "attend", "recur", "frozen", "decode", "head"),
+    *("embed", "conv", "frozen", "decode"),
+)
 _HIDDEN = ("net.layers.1", "net.layers.3")
 _MIDDLE = ("net.depthwise", "net.grouped")
 _CONV3D = Select(types=("Conv3d",))
@@ -382,10 +387,7 @@ ROWS = (
             (
                 "sequences",
                 "Sequences",
-                (
-                    *("embed", "conv", "attend", "recur", "frozen", "decode", "head"),
-                    *("embed", "conv", "frozen", "decode"),
-                ),
+                _QUANTIZED_SEQUENCES,
                 lambda: QuantizationAwareTraining({"bits": 4, "range": "lsq"}, {"range": "lsq+"}, freeze={}),
             ),
             (
@@ -397,6 +399,26 @@ ROWS = (
                     {"bits": 4, "range": "percentile"},
                     rules={"head": {"include": "net.head", "weights": {"bits": 6, "range": "mse"}}},
                 ),
+            ),
+        )
+    ),
+    *(
+        Row(
+            f"ptq_{name}",
+            lambda arguments=arguments: PostTrainingQuantization([dataset()[:]], **arguments),
+            net,
+            "compress/weight_bits",
+            finalized=tuple(("replace", f"net.{path}") for path in layers),
+            nothing=lambda: PostTrainingQuantization([dataset()[:]], select=Select(types=("Conv3d",))),
+        )
+        for name, net, layers, arguments in (
+            ("int8", "Mixed", _QUANTIZED_MIXED, {}),
+            ("tensor", "Mixed", _QUANTIZED_MIXED, {"weights": {"bits": 4, "per_channel": False}}),
+            (
+                "sequences",
+                "Sequences",
+                _QUANTIZED_SEQUENCES,
+                {"weights": 4, "activations": {"range": "percentile"}, "steps": {"rounding": "adaround"}},
             ),
         )
     ),
