@@ -48,6 +48,7 @@ from lightning_compress.quantization import QuantizerSpec, convert
 from lightning_compress.quantization.assignment import QuantizationRule
 from lightning_compress.quantization.binary.callbacks import Binarization, Ternarization
 from lightning_compress.quantization.callbacks import QuantizationAwareTraining
+from lightning_compress.quantization.conversion import IntegerConversion
 from lightning_compress.quantization.fixed_point.callbacks import FixedPointTraining
 from lightning_compress.quantization.post_training import PostTrainingQuantization, PostTrainingSteps
 from lightning_compress.quantization.sharing import SharingRule, WeightSharing
@@ -73,6 +74,7 @@ __all__ = [
     "Exported",
     "FisherPruning",
     "FixedPointTraining",
+    "IntegerConversion",
     "IterativePruning",
     "Journal",
     "JournalMismatchError",

@@ -26,6 +26,7 @@ LIGHTNING_FILES = {
     "distillation/module.py",
     "distillation/moments.py",
     "distillation/steps.py",
+    "quantization/conversion.py",
     "evaluation/metrics.py",
     "stages.py",
 }

@@ -183,7 +183,7 @@ def integer_layer(layer: LayerT, weights: Mapping[str, Mapping[str, Any]], bias:
         layer.add_module("integer_weight", made["weight"])
     if bias and layer.bias is None:
         outputs = getattr(layer, "out_channels", getattr(layer, "out_features", 0))
-        layer.bias = nn.Parameter(like.new_zeros(outputs), requires_grad=False)  # type: ignore[assignment]
+        layer.bias = nn.Parameter(like.new_zeros(outputs), requires_grad=False)
     return layer
 
 

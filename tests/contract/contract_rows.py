@@ -22,6 +22,7 @@ from lightning_compress import (
     Edit,
     FisherPruning,
     FixedPointTraining,
+    IntegerConversion,
     IterativePruning,
     LotteryTicket,
     LowRank,
@@ -421,6 +422,22 @@ ROWS = (
                 {"weights": 4, "activations": {"range": "percentile"}, "steps": {"rounding": "adaround"}},
             ),
         )
+    ),
+    Row(
+        "integers",
+        IntegerConversion,
+        "Mixed",
+        "compress/integer_layers",
+        prepared=tuple(("replace", f"net.{path}") for path in _QUANTIZED_MIXED),
+        finalized=tuple(
+            ("replace", f"net.{path}")
+            for path in (
+                *("stem", "depthwise", "grouped", "head", "norm"),
+                *("stem.input_quantizer", "depthwise.input_quantizer", "grouped.input_quantizer"),
+                *("grouped.output_quantizer", "drop.output_quantizer"),
+            )
+        ),
+        beside=lambda: [QuantizationAwareTraining()],
     ),
     Row("optimal_brain", lambda: OptimalBrainCompression(0.5, [dataset()[:]]), "MLP", "compress/sparsity"),
     Row("fisher_pruning", lambda: FisherPruning(0.5, [dataset()[:]], block=8), "MLP", "compress/sparsity"),
