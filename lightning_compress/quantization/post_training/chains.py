@@ -13,9 +13,11 @@ from lightning_compress.core.paths import named_layers
 from lightning_compress.quantization.graph import Graph, Operation
 from lightning_compress.quantization.tracing import trace_network
 
-_PASSES = ("relu", "relu_", "ReLU", "LeakyReLU", "PReLU", "leaky_relu", "leaky_relu_", "prelu", "mean")
-_PASSES += ("Identity", "Dropout", "Flatten", "flatten", "view", "reshape", "clone", "detach", "contiguous")
-_PASSES += ("boolean_dispatch", "max_pool2d_with_indices", "dropout", "dropout_", "StochasticDepth", "stochastic_depth")
+_PASSES = (
+    *("relu", "relu_", "ReLU", "LeakyReLU", "PReLU", "leaky_relu", "leaky_relu_", "prelu", "mean", "clone", "detach"),
+    *("Identity", "Dropout", "Flatten", "flatten", "view", "reshape", "contiguous", "boolean_dispatch"),
+    *("max_pool2d_with_indices", "dropout", "dropout_", "StochasticDepth", "stochastic_depth"),
+)
 _POOLS = ("MaxPool", "AdaptiveMaxPool", "AvgPool", "AdaptiveAvgPool", "Dropout", "max_pool", "avg_pool", "adaptive_")
 
 

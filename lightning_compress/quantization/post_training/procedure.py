@@ -175,8 +175,8 @@ def _round_layer(layer: nn.Module, hessian: Tensor, steps: PostTrainingSteps) ->
         else:
             rounded.append(ada_round(old, curvature, grid, steps.damping, steps.iterations))
     new = torch.stack(rounded)
-    if means is not None:
-        cast(Tensor, bias).data.add_(((rows - new) @ means[:, :, None]).flatten().to(bias.dtype))
+    if bias is not None and means is not None:
+        bias.data.add_(((rows - new) @ means[:, :, None]).flatten().to(bias.dtype))
     _put(layer, new)
 
 

@@ -85,8 +85,8 @@ def gptq_round(rows: Tensor, hessian: Tensor, grid: Grid, damping: float = 0.01)
     .. math:: w_k \leftarrow w_k - \frac{w_j - q}{U_{jj}}\, U_{jk}
 
     which is the optimal move of Optimal Brain Compression (arXiv:2208.11580) in a fixed order; the columns with the
-    largest inputs go first. Weights that are zero stay zero, and the others make up for them. A row that would have been
-    better off rounded to the nearest values is.
+    largest inputs go first. Weights that are zero stay zero, and the others make up for them. A row that would
+    have been better off rounded to the nearest values is.
 
     Args:
         rows: (rows, d).
