@@ -136,7 +136,7 @@ def measure(quick: bool) -> list[Row]:
     sizes = [(1_000_000, 9), (10_000_000, 1 if quick else 7), (GOALS_SIZE, 1 if quick else 5)]
     images, vectors = (32, 3, 32, 32), (128, 2048)
     rows = step_rows("ResNet-18, 32x3x32x32", resnet, images, 1 if quick else 60, RESNET_GOAL)
-    rows += step_rows("MLP of 4.2 M weights, batch 128", mlp, vectors, 4 if quick else 200, MLP_GOAL)
+    rows += step_rows("MLP of 4.2 M weights, batch 128", mlp, vectors, 4 if quick else 150, MLP_GOAL)
     if not quick:
         rows += step_rows("two threads, ResNet-18, 32x3x32x32", resnet, images, 20, threads=2)
         rows += step_rows("two threads, MLP of 4.2 M weights, batch 128", mlp, vectors, 60, threads=2)
