@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from lightning_compress.core.errors import ConfigurationError
-from lightning_compress.low_rank.allocation import Line, equal_share, fastest, least_cost, least_error, total
+from lightning_compress.low_rank.allocation import Line, fastest, least_cost, least_error
 from lightning_compress.low_rank.decompose import best_method, spectra
 from lightning_compress.low_rank.evbmf import evbmf
 from lightning_compress.low_rank.factors import Factors
@@ -135,9 +135,8 @@ def divide(tables: Sequence[Table], goal: str, budget: float, favor: str = "accu
             up to no more than with an equal share of the cost for every layer.
     """
     lines = [Line(getattr(table, goal), table.error, table.time) for table in tables]
-    if favor == "speed" and goal != "time":
-        plain = equal_share(lines, budget)
-        return None if plain is None else fastest(lines, budget, total(lines, plain, "error"))
+    if favor == "speed" and goal == "parameters":
+        return fastest(lines, budget)
     return least_error(lines, budget)
 
 

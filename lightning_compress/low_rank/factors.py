@@ -71,8 +71,9 @@ class Factors:
         batch_norm: Put a batch norm between the factors of convolutions (Tai et al. 2016): to train them on, or from
             scratch.
         favor: What a ``compression_rate`` does with freedom: ``"speed"`` makes the model as fast as the summed squared
-            error of an equal share for every layer allows; ``"accuracy"`` lets most of the signal through, whatever the
-            time. Both keep single layers from being given up for the others.
+            error of an equal share for every layer allows, with at least half of the signal that each layer lets
+            through there; ``"accuracy"`` lets most of the signal through, whatever the time, which keeps far more of a
+            trained network.
         samples: How many calibration samples are enough.
         rules: Exceptions by name: a :class:`FactorRule`, or a mapping of its arguments; the last that matches wins.
 
