@@ -23,6 +23,7 @@ from lightning_compress.distillation.moments import (
     before_first_batch,
     before_optimizers,
     count_update,
+    is_step_logged,
     started_clock,
 )
 from lightning_compress.distillation.schedule import Value
@@ -155,7 +156,8 @@ class Distillation(Callback):
             objective = self.distiller.objective_of(live.record, live.batch, live.batch_idx, None)
         live.clear()
         if objective is not None:
-            self._logged = {**objective.parts, "loss": objective.total.detach()}
+            if is_step_logged(trainer, pl_module, live.batch_idx, self._prefix("distill")):
+                self._logged = {**objective.parts, "loss": objective.total.detach()}
             weight = self.distiller.now(self.distiller.task_weight)
             live.injector.provide(objective.total * _loss_scale(trainer, pl_module), weight)
 
@@ -166,7 +168,7 @@ class Distillation(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Average gradients of adapters over processes."""
-        reduce_gradients(optimizer, self.distiller.parameters())
+        reduce_gradients(optimizer, self.distiller.parameters)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -177,8 +179,9 @@ class Distillation(Callback):
         self._close()
         count_update(self.distiller, self._clock, trainer, pl_module)
         if self._logged:
-            prefix = f"distill/{self.name}/" if self.name else "distill/"
+            prefix = self._prefix("distill")
             values: dict[str, Any] = {prefix + name: value for name, value in self._logged.items()}
+            self._logged = {}
             pl_module.log_dict(values, on_step=True, on_epoch=False)
 
     # ------------------------------------------------------------------ while validating
@@ -207,9 +210,8 @@ class Distillation(Callback):
         with trainer.precision_plugin.val_step_context():
             values, count = self.distiller.compare(self._live.record, batch, batch_idx)
         self._close()
-        prefix = f"teacher/{self.name}/" if self.name else "teacher/"
         for name, value in values.items():
-            pl_module.log(prefix + name, value, batch_size=count, sync_dist=True)
+            pl_module.log(self._prefix("teacher") + name, value, batch_size=count, sync_dist=True)
 
     # ------------------------------------------------------------------ afterwards
 
@@ -240,6 +242,9 @@ class Distillation(Callback):
         """Leave out what belongs to a batch."""
         state = {**self.__dict__, "_live": None, "_logged": {}}
         return {key: value for key, value in state.items() if key not in ("log", "log_dict")}  # the module's, lent
+
+    def _prefix(self, word: str) -> str:
+        return f"{word}/{self.name}/" if self.name else f"{word}/"
 
     def _close(self) -> None:
         if self._live is not None:

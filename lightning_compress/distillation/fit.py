@@ -75,9 +75,10 @@ def share_values(modules: Mapping[str, nn.Module]) -> None:
                 distributed.broadcast(tensor.detach(), src=0)
 
 
-def reduce_gradients(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+def reduce_gradients(optimizer: Optimizer, learnt: Callable[[], Sequence[nn.Parameter]]) -> None:
     """Average the gradients of what is learnt beside the student over processes, right before its optimizer steps."""
-    if world_size() == 1 or not parameters:
+    parameters = learnt() if world_size() > 1 else ()
+    if not parameters:
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for parameter in parameters:

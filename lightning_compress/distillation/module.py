@@ -32,6 +32,7 @@ from lightning_compress.distillation.moments import (
     before_first_batch,
     before_optimizers,
     count_update,
+    is_step_logged,
     started_clock,
 )
 from lightning_compress.distillation.schedule import Value
@@ -190,8 +191,9 @@ class DistillationModule(LightningModule):
             calls.clear()
         if objective is None:
             return loss
-        values = {f"distill/{name}": value for name, value in objective.parts.items()}
-        self.log_dict({**values, "distill/loss": objective.total.detach()})
+        if is_step_logged(self.trainer, self, batch_idx, "distill/"):
+            values = {f"distill/{name}": value for name, value in objective.parts.items()}
+            self.log_dict({**values, "distill/loss": objective.total.detach()})
         weight = self._distill_engine.now(self._distill_engine.task_weight)
         return (loss if weight == 1 else weight * loss) + objective.total
 
@@ -225,7 +227,7 @@ class DistillationModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Average gradients of adapters over processes."""
-        reduce_gradients(optimizer, self._distill_engine.parameters())
+        reduce_gradients(optimizer, self._distill_engine.parameters)
         super().on_before_optimizer_step(optimizer)
 
     def teardown(self, stage: str) -> None:

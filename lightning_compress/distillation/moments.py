@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from lightning_compress.core.clock import UpdateClock, horizon_of
+from lightning_compress.core.clock import UpdateClock, callbacks_of, horizon_of, may_be_last_batch
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.isolation import same_randomness
 from lightning_compress.distillation.engine import Distiller
@@ -55,6 +55,21 @@ def started_clock(distiller: Distiller, trainer: Trainer) -> UpdateClock:
     clock = UpdateClock(distiller.updates)
     clock.start(trainer)
     return clock
+
+
+def is_step_logged(trainer: Trainer, module: LightningModule, batch_idx: int, prefix: str) -> bool:
+    """Tell, before a step's optimizer runs, whether anybody will look at its values: logging costs more than they do.
+
+    Loggers write every ``log_every_n_steps`` of the Trainer; the first and the last batch of an epoch show in
+    ``callback_metrics``. With manual optimization, or where a callback's ``monitor`` begins with ``prefix``, every step
+    counts.
+    """
+    every = trainer.log_every_n_steps
+    if not module.automatic_optimization or (every and (trainer.global_step + 1) % every == 0):
+        return True
+    if batch_idx == 0 or trainer.is_last_batch or may_be_last_batch(trainer):
+        return True
+    return any(str(getattr(callback, "monitor", None)).startswith(prefix) for callback in callbacks_of(trainer))
 
 
 def count_update(distiller: Distiller, clock: UpdateClock, trainer: Trainer, module: LightningModule) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -105,10 +107,15 @@ def _apart(batch: Any, change: Callable[[Any], Any]) -> Any:
 
 def call_step(step: Callable[..., Any], *arguments: Any) -> Any:
     """Call a step with as many of (batch, batch_idx, dataloader_idx) as it takes."""
-    parameters = list(inspect.signature(step).parameters.values())
-    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
-        return step(*arguments)
-    return step(*arguments[: len(parameters)])
+    count = _arity(step.__func__) - 1 if inspect.ismethod(step) else _arity.__wrapped__(step)
+    return step(*arguments[:count])
+
+
+@functools.lru_cache(maxsize=128)
+def _arity(function: Callable[..., Any]) -> int:
+    """Return how many positional arguments a function takes; many if any number."""
+    parameters = inspect.signature(function).parameters.values()
+    return sys.maxsize if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(parameters)
 
 
 def check_student(student: Any) -> None:

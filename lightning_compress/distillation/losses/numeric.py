@@ -37,7 +37,7 @@ def full_precision(function: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
     def precise(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
         device = next((tensor.device.type for tensor in tensors_in((args, kwargs))), "cpu")
         args, kwargs = map_tensors(widen, args), map_tensors(widen, kwargs)
-        if not torch.amp.is_autocast_available(device):
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)
