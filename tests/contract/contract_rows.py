@@ -300,6 +300,15 @@ def _under(net: str, *layers: str) -> dict[str, Any]:
     return {"teacher": teacher_of(net), "losses": losses, "temperature": Ramp(6.0, 2.0)}
 
 
+def _distilled(net: str) -> tuple[str, Callable[[Task], LightningModule], Callable[[], list[Callback]]]:
+    return "distilled", lambda task: DistillationModule(task, **_under(net, "net.stem", "net.grouped")), list
+
+
+def _beside_distillation(net: str) -> tuple[str, Callable[[Task], LightningModule], Callable[[], list[Callback]]]:
+    beside = lambda: [Distillation(**_under(net, "net.stem", "net.grouped"))]  # noqa: E731
+    return "beside_distillation", lambda task: task, beside
+
+
 def _pruning(final: float = 0.75, every: int = 1, **arguments: Any) -> Callable[[], CompressionCallback]:
     return lambda: IterativePruning(Schedule(final, end="60%", every={"step": every}), floor=0.02, **arguments)
 
@@ -649,6 +658,40 @@ ROWS = (
         tuple(("replace", f"net.{name}") for name in ("stem", "depthwise", "grouped", "head")),
         nothing=lambda: FixedPointTraining(select=_CONV3D),
         beside=lambda: [Distillation(**_under("Mixed", "net.stem", "net.grouped"))],
+    ),
+    *(
+        Row(
+            f"qat_{name}",
+            lambda: QuantizationAwareTraining({"bits": 4, "range": "lsq"}, {"bits": 4, "range": "lsq+"}),
+            "Mixed",
+            "compress/quantizing",
+            prepared=tuple(("replace", f"net.{path}") for path in _QUANTIZED_MIXED),
+            nothing=lambda: QuantizationAwareTraining(select=_CONV3D),
+            wrap=wrap,
+            beside=beside,
+        )
+        for name, wrap, beside in (_distilled("Mixed"), _beside_distillation("Mixed"))
+    ),
+    *(
+        Row(
+            f"low_rank_{name}",
+            lambda: LowRank(factors=2, when="before"),
+            "Mixed",
+            "compress/parameters",
+            _FACTORED,
+            nothing=lambda: LowRank(factors=2, select=_CONV3D),
+            wrap=wrap,
+            beside=beside,
+        )
+        for name, wrap, beside in (_distilled("Mixed"), _beside_distillation("Mixed"))
+    ),
+    Row(
+        "low_rank_after_distilled",
+        lambda: LowRank(compression_rate=1.15),
+        "Sequences",
+        "compress/parameters",
+        nothing=lambda: LowRank(factors=2, select=_CONV3D),
+        wrap=lambda task: DistillationModule(task, **_under("Sequences", "net.conv", "net.recur")),
     ),
     Row("probe_replace_by_data", RankFromData, "MLP", "compress/seen", tuple(("replace", p) for p in _HIDDEN)),
     Row(
