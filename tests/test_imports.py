@@ -25,6 +25,7 @@ LIGHTNING_FILES = {
     "core/clock.py",
     "distillation/module.py",
     "distillation/moments.py",
+    "distillation/own_metrics.py",
     "distillation/steps.py",
     "quantization/conversion.py",
     "evaluation/metrics.py",

@@ -24,6 +24,7 @@ from lightning_compress.distillation.moments import (
     before_optimizers,
     count_update,
     is_step_logged,
+    log_own_metrics,
     started_clock,
 )
 from lightning_compress.distillation.schedule import Value
@@ -55,6 +56,8 @@ class Distillation(Callback):
     - gradients that ``training_step`` takes itself (``autograd.grad``) know nothing of the teacher;
     - with manual optimization the loss must not have been divided for accumulation, or divide the weights too;
     - stored teacher outputs need batches that it cannot take apart: use the module for a teacher cache.
+
+    In validation and test it logs what :class:`DistillationModule` does, and ``distill/*`` in the same steps.
 
     Put it before callbacks that edit the structure (replaced layers), so that ``"baseline"`` is the model as it was.
 
@@ -184,16 +187,16 @@ class Distillation(Callback):
             self._logged = {}
             pl_module.log_dict(values, on_step=True, on_epoch=False)
 
-    # ------------------------------------------------------------------ while validating
+    # ------------------------------------------------------------------ while validating or testing
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Begin to watch the student."""
         teacher = self.distiller.teacher
-        if teacher is not None and teacher.has_validation and self.distiller.ready:
+        if teacher is not None and teacher.has_validation:
             self._close()
-            self._live = _Batch(self.distiller, pl_module, batch, batch_idx, with_graph=False)
+            self._live = _Batch(self.distiller, pl_module, batch, batch_idx, learns=False)
 
     def on_validation_batch_end(
         self,
@@ -212,6 +215,14 @@ class Distillation(Callback):
         self._close()
         for name, value in values.items():
             pl_module.log(self._prefix("teacher") + name, value, batch_size=count, sync_dist=True)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what the teacher's own step says about the data."""
+        log_own_metrics(self.distiller, trainer, pl_module, self._prefix("teacher"))
+
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
 
     # ------------------------------------------------------------------ afterwards
 
@@ -256,13 +267,13 @@ class _Batch:
     """The taps of one batch, and the gradients on their way into it."""
 
     def __init__(
-        self, distiller: Distiller, module: nn.Module, batch: Any, batch_idx: int, with_graph: bool = True
+        self, distiller: Distiller, module: nn.Module, batch: Any, batch_idx: int, learns: bool = True
     ) -> None:
         self.batch, self.batch_idx = batch, batch_idx
         self.injector = Injector(distiller.student_output)
         self._stack = ExitStack()
-        keep = self.injector.leaf if with_graph else None
-        self.record: Record = self._stack.enter_context(distiller.watch(module, with_graph, keep))
+        watch = distiller.watch(module, keep=self.injector.leaf) if learns else distiller.watch_output(module)
+        self.record: Record = self._stack.enter_context(watch)
 
     def clear(self) -> None:
         for calls in self.record.values():

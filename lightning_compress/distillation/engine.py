@@ -23,6 +23,7 @@ from lightning_compress.distillation.examination import (
     run_example,
 )
 from lightning_compress.distillation.fit import comparison, load_learnt
+from lightning_compress.distillation.own_metrics import OwnMetrics
 from lightning_compress.distillation.pairs import LayerPair
 from lightning_compress.distillation.schedule import Course, Ramp, Value, check_value
 from lightning_compress.distillation.seen import Seen, collect
@@ -74,7 +75,8 @@ class Distiller:
         self.heard = False  # whether a backward pass came by, in this fit
         self._looked = False  # at an answer of the teacher, in this fit
         self._print: str | None = None  # of the teacher, which never changes
-        self._taps = Taps(())
+        self._taps, self._output_tap = Taps(()), Taps([self.student_output], inputs_of=[self.student_output])
+        self.own_metrics = OwnMetrics()
         self._student: weakref.ref[nn.Module] | None = None
 
     @property
@@ -148,6 +150,8 @@ class Distiller:
     def rest(self) -> None:
         """Forget the run; what is learnt stays."""
         self.ready, self.courses = False, {}
+        self._output_tap.forget()
+        self.own_metrics.forget()
 
     # ------------------------------------------------------------------ while training
 
@@ -163,6 +167,10 @@ class Distiller:
     ) -> AbstractContextManager[Record]:
         """Record what the student's tapped layers return inside the block; arguments as in :meth:`Taps.watch`."""
         return self._taps.watch(student, with_graph, keep)
+
+    def watch_output(self, student: nn.Module) -> AbstractContextManager[Record]:
+        """Record what the student returns on data that it does not learn from."""
+        return self._output_tap.watch(student)
 
     def collect(self, record: Record) -> tuple[Seen, ...]:
         """Return one entry for each run of the student, with the tensors that the losses look at."""
@@ -222,12 +230,19 @@ class Distiller:
         return Objective(torch.stack([one.total for one in found]).mean(), parts)
 
     def compare(self, record: Record, batch: Any, batch_idx: int) -> tuple[dict[str, Tensor], int]:
-        """Return how student and teacher compare on a batch of validation data, and the batch's size.
+        """Return how student and teacher compare on a batch of validation or test data, and the batch's size.
+
+        Args:
+            record: Of :meth:`watch_output`.
+            batch: What the step got.
+            batch_idx: Its number.
 
         Raises:
             ConfigurationError: If the teacher's output is not finite.
         """
-        runs = self.collect(record) if record[self.student_output] else ()
+        runs = collect(record, self.student_output, {}, self.output_key)
+        if runs and self.teacher is not None and not self.ready:
+            self.teacher = self.teacher.to(runs[0].output.device)
         answer = self.ask(runs[0], batch, batch_idx, None, training=False) if len(runs) == 1 else None
         if answer is None:
             return {}, 0
@@ -279,6 +294,7 @@ class Distiller:
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         """Move teacher, losses and adapters to a device, the last to the student's precision; look up layers anew."""
         self._taps.forget()
+        self._output_tap.forget()
         if self.teacher is not None:
             self.teacher = self.teacher.to(device)
         for term in self.terms.values():

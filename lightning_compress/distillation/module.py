@@ -33,12 +33,14 @@ from lightning_compress.distillation.moments import (
     before_optimizers,
     count_update,
     is_step_logged,
+    log_own_metrics,
     started_clock,
 )
+from lightning_compress.distillation.own_metrics import TRANSFERS
 from lightning_compress.distillation.schedule import Value
 from lightning_compress.distillation.steps import (
-    TRANSFERS,
     ComparedStep,
+    ComparedTest,
     OwnBatches,
     SupervisedStep,
     call_step,
@@ -69,8 +71,15 @@ class DistillationModule(LightningModule):
     in no checkpoint, optimizer, ``parameters()`` or DDP bucket. Adapters that losses on features need are made from one
     batch before optimizers exist, join the first group of the first optimizer, and lie in an entry of their own in
     checkpoints; exported students never had them. With manual optimization the objective is added to the first
-    ``manual_backward`` of a loss that comes from the student's output. While validating, ``teacher/agreement`` and the
-    teacher's accuracy (or squared error) are logged beside the student's metrics.
+    ``manual_backward`` of a loss that comes from the student's output.
+
+    In validation and test, ``teacher/agreement`` and the teacher's accuracy (or squared error) are logged beside the
+    student's metrics. Where the teacher is a LightningModule, what its own ``validation_step`` or ``test_step`` logs
+    about the same data appears too, as ``teacher/<its name>``; as it is frozen, a copy with the same weights runs over
+    the data once, in a Trainer of its own on each process, whose means are averaged. Lists, functions, caches and plain
+    modules have no such step, and one that fails is left out with a warning. While training, ``distill/<loss>`` and
+    their sum ``distill/loss`` are values of single steps, logged when the Trainer's ``log_every_n_steps`` says so, and
+    in the first and last step of an epoch; in every one where a callback monitors them.
 
     The student is trained in place: ``module.student`` is the object that was given, unless that has a ``student`` of
     its own. It does not help where the teacher is no better than the student, or where the student cannot fit the task
@@ -123,9 +132,10 @@ class DistillationModule(LightningModule):
         if not isinstance(student, LightningModule):
             check_names(student, LightningModule, _HARMLESS)
             lend_defaults(student, LightningModule())
-            front = (cls, ComparedStep, SupervisedStep)
-        elif is_overridden("validation_step", student):
-            front = (cls, ComparedStep)
+            front = (cls, ComparedStep, ComparedTest, SupervisedStep)
+        else:
+            compared = (("validation_step", ComparedStep), ("test_step", ComparedTest))
+            front = (cls, *(part for step, part in compared if is_overridden(step, student)))
         if isinstance(student, LightningModule) and any(is_overridden(name, student) for name in TRANSFERS):
             front = (*front, OwnBatches)
         made: Self = blank(joint_class(*front, type(student)))
@@ -224,6 +234,19 @@ class DistillationModule(LightningModule):
         """Count updates."""
         super().on_train_batch_end(outputs, take_cached(batch)[0], batch_idx)
         self._tick()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what the teacher's own step says about the data."""
+        super().on_validation_epoch_end()
+        self._log_own_metrics()
+
+    def on_test_epoch_end(self) -> None:
+        """Log what the teacher's own step says about the data."""
+        super().on_test_epoch_end()
+        self._log_own_metrics()
+
+    def _log_own_metrics(self) -> None:
+        log_own_metrics(self._distill_engine, self.trainer, self, "teacher/")
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Average gradients of adapters over processes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -64,12 +64,18 @@ def is_step_logged(trainer: Trainer, module: LightningModule, batch_idx: int, pr
     ``callback_metrics``. With manual optimization, or where a callback's ``monitor`` begins with ``prefix``, every step
     counts.
     """
-    every = trainer.log_every_n_steps
+    every: int = cast(Any, trainer).log_every_n_steps
     if not module.automatic_optimization or (every and (trainer.global_step + 1) % every == 0):
         return True
     if batch_idx == 0 or trainer.is_last_batch or may_be_last_batch(trainer):
         return True
     return any(str(getattr(callback, "monitor", None)).startswith(prefix) for callback in callbacks_of(trainer))
+
+
+def log_own_metrics(distiller: Distiller, trainer: Trainer, module: LightningModule, prefix: str) -> None:
+    """Log what the teacher's own step says about the data of validation or test, at the end of their epoch."""
+    for name, value in distiller.own_metrics.of(distiller.teacher, trainer).items():
+        module.log(prefix + name, value, batch_size=1, sync_dist=True, add_dataloader_idx=False)
 
 
 def count_update(distiller: Distiller, clock: UpdateClock, trainer: Trainer, module: LightningModule) -> None:

@@ -19,9 +19,6 @@ from lightning_compress.distillation.cached_batch import NESTED, CachedBatch, re
 from lightning_compress.distillation.engine import Distiller
 from lightning_compress.distillation.supervised import Supervised
 
-TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-"""Hooks in which a student may change its batches."""
-
 
 class SupervisedStep(LightningModule):
     """The steps of a plain network, by its :class:`Supervised` task."""
@@ -67,17 +64,29 @@ class ComparedStep(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Run the student's own step, and log ``teacher/agreement`` and how good the teacher is."""
-        step = super().validation_step
-        distiller = self._distill_engine
-        teacher = distiller.teacher
-        if teacher is None or not teacher.has_validation or not distiller.ready:
-            return call_step(step, batch, batch_idx, dataloader_idx)
-        with distiller.watch(self, with_graph=False) as record:
-            result = call_step(step, batch, batch_idx, dataloader_idx)
-        values, count = distiller.compare(record, batch, batch_idx)
-        for name, value in values.items():
-            self.log(f"teacher/{name}", value, batch_size=count, sync_dist=True)
-        return result
+        return _compared(self, super().validation_step, batch, batch_idx, dataloader_idx)
+
+
+class ComparedTest(LightningModule):
+    """Lets a student that is tested be compared with its teacher on the same batches."""
+
+    _distill_engine: Distiller
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Run the student's own step, and log ``teacher/agreement`` and how good the teacher is."""
+        return _compared(self, super().test_step, batch, batch_idx, dataloader_idx)
+
+
+def _compared(module: ComparedStep | ComparedTest, step: Callable[..., Any], batch: Any, *numbers: int) -> Any:
+    distiller = module._distill_engine
+    if distiller.teacher is None or not distiller.teacher.has_validation:
+        return call_step(step, batch, *numbers)
+    with distiller.watch_output(module) as record:
+        result = call_step(step, batch, *numbers)
+    values, count = distiller.compare(record, batch, numbers[0])
+    for name, value in values.items():
+        module.log(f"teacher/{name}", value, batch_size=count, sync_dist=True)
+    return result
 
 
 class OwnBatches(LightningModule):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,10 @@ class Teacher(ABC):
     def fingerprint(self) -> str:
         """Return a short text that changes when the teacher does; compared on resume. Empty for one that has none."""
         return ""
+
+    def judge(self) -> nn.Module | None:
+        """Return the model whose own validation and test steps tell how good this teacher is; ``None`` if none does."""
+        return None
 
     def __str__(self) -> str:
         return type(self).__name__

@@ -37,6 +37,8 @@ class ModuleTeacher(Teacher):
         module: Any module; a LightningModule is called by its ``forward``.
         output: The submodule to call instead, by path, for a LightningModule without a ``forward``; with a colon one of
             several outputs, as in ``":1"`` or ``"net:logits"``.
+        metrics: Whether the ``validation_step`` and ``test_step`` of a LightningModule are run over the student's data,
+            once a fit, for what they log.
 
     Raises:
         ConfigurationError: If it is no module, or has nothing to call.
@@ -46,13 +48,14 @@ class ModuleTeacher(Teacher):
     torch.Size([4, 3])
     """
 
-    def __init__(self, module: nn.Module, output: str = "") -> None:
+    def __init__(self, module: nn.Module, output: str = "", metrics: bool = True) -> None:
         if not isinstance(module, nn.Module):
             raise ConfigurationError(f"`teacher` must be a torch.nn.Module, got {type(module).__name__}")
         if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
             raise ConfigurationError("`teacher` lies on the meta device, without values; load its weights first")
         self.module = module.eval().requires_grad_(False)
         self.output, self.key = split_spec(output)
+        self.metrics = metrics
         called = get_layer(module, self.output) if self.output else module
         if not defines_forward(original(called)):
             near = ", ".join(repr(name) for name, _ in module.named_children()) or "none"
@@ -85,6 +88,10 @@ class ModuleTeacher(Teacher):
         """Move the module."""
         self.module.to(device)
         return self
+
+    def judge(self) -> nn.Module | None:
+        """Return the module."""
+        return original(self.module) if self.metrics else None
 
     def fingerprint(self) -> str:
         """Return a hash of its weights and statistics."""
