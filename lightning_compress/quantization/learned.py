@@ -147,12 +147,13 @@ class _LearnedStep(torch.autograd.Function):
     ) -> Tensor:
         y, ctx.bounds = _rounded(x, scale, zero_point, least, greatest)
         ctx.weight, ctx.peak = weight, float(max(abs(least), abs(greatest)))
-        ctx.save_for_backward(x, scale, y)
+        ctx.save_for_backward(x, scale)  # not y, which the caller may change in place
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x, scale, y), (low, high), grad = ctx.saved_tensors, ctx.bounds, grads[0]
+        (x, scale), (low, high), grad = ctx.saved_tensors, ctx.bounds, grads[0]
+        y = _on_grid(x, scale, low, high)
         if isinstance(low, int) and in_python(scale):
             step = scale.item()
             passed = _pass_within(grad, x, low * step, high * step)
@@ -171,12 +172,13 @@ class _LearnedAffine(torch.autograd.Function):
         zero_point = zero_point_of(scale, offset, (least, greatest))
         y, ctx.bounds = _rounded(x, scale, zero_point, least, greatest)
         ctx.peak = float(max(abs(least), abs(greatest)))
-        ctx.save_for_backward(x, scale, offset, y)
+        ctx.save_for_backward(x, scale, offset)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x, scale, offset, y), (low, high), grad = ctx.saved_tensors, ctx.bounds, grads[0]
+        (x, scale, offset), (low, high), grad = ctx.saved_tensors, ctx.bounds, grads[0]
+        y = _on_grid(x, scale, low, high)
         if isinstance(low, int):
             step = scale.item()
             passed = _pass_within(grad, x, low * step, high * step)
@@ -211,7 +213,7 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(*parameters)
-        return x.view_as(x)
+        return x.clone()  # not a view: blocks add to what they get in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -229,12 +231,17 @@ def _rounded(x: Tensor, scale: Tensor, zero_point: Tensor, least: int, greatest:
     high: Any = greatest - zero_point
     if in_python(zero_point):
         low, high = int(low.item()), int(high.item())
+    return _on_grid(x, scale, low, high), (low, high)
+
+
+def _on_grid(x: Tensor, scale: Tensor, low: Any, high: Any) -> Tensor:
+    """Return ``x`` on a grid between integers ``low`` and ``high``, which are numbers or tensors."""
     if isinstance(low, int) and in_python(scale):
         step = scale.item()
-        return (exact(x) / step).round_().clamp_(low, high).mul_(step).to(x.dtype), (low, high)
+        return (exact(x) / step).round_().clamp_(low, high).mul_(step).to(x.dtype)
     q = (exact(x) / exact(scale)).round_()
     if isinstance(low, int):
         q = q.clamp_(low, high)
     else:
         q = torch.minimum(torch.maximum(q, low.to(q.dtype)), high.to(q.dtype))
-    return q.mul_(exact(scale)).to(x.dtype), (low, high)
+    return q.mul_(exact(scale)).to(x.dtype)

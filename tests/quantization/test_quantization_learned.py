@@ -223,3 +223,18 @@ def test_weights_learn_from_the_mean_magnitude_on() -> None:
 def test_what_does_not_fit(config: dict, role: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         build_quantizer(QuantizerSpec.from_config(config), role, 0, 2)
+
+
+@pytest.mark.parametrize("name", ["moving_average", "lsq", "lsq+", "pact"])
+def test_blocks_may_add_to_what_they_get_in_place(name: str) -> None:
+    quantizer = build_quantizer(QuantizerSpec(4, range=name), "input")
+    x = torch.randn(3, 4, requires_grad=True)
+    for enabled in (False, True):
+        quantizer.enabled = quantizer.observing = enabled
+        if enabled:
+            quantizer(x)
+            update_ranges([quantizer])
+        y = quantizer(x * 2)
+        y += 1
+        torch.nn.functional.relu(y, inplace=True).sum().backward()
+    assert torch.isfinite(x.grad).all()
