@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +19,28 @@ from lightning_compress.core.isolation import call, device_of, map_tensors, same
 from lightning_compress.core.paths import clean_path
 
 
+@runtime_checkable
+class HeldWeight(Protocol):
+    """A module that keeps a weight in buffers, as integers: its elements count as those of a Parameter do.
+
+    Attributes:
+        shape: Of the weight.
+        bits: Of each element.
+    """
+
+    shape: tuple[int, ...]
+    bits: int
+
+    def count_nonzero(self) -> int | None:
+        """Return how many elements are not zero; ``None`` without values."""
+
+
 @dataclass(frozen=True)
 class ParameterCount:
     """How many numbers a model learns, and how many of them are not zero.
 
     Attributes:
-        total: Elements of all Parameters, frozen ones too, each tied Parameter once.
+        total: Elements of all Parameters, frozen ones too, each tied Parameter once, and of every :class:`HeldWeight`.
         nonzero: Those that are not zero; ``None`` if values are not there (``meta`` device).
         per_layer: ``path -> (total, nonzero)`` of the Parameters that a module itself holds; sums to the totals.
     """
@@ -70,8 +88,11 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     for path, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
         seen.update(map(id, own))
-        if own:
-            rows[clean_path(path)] = (sum(p.numel() for p in own), _sum_known([count_nonzero(p) for p in own]))
+        held = [module] if isinstance(module, HeldWeight) else []
+        if own or held:
+            total = sum(p.numel() for p in own) + sum(math.prod(weight.shape) for weight in held)
+            nonzero = [*map(count_nonzero, own), *(weight.count_nonzero() for weight in held)]
+            rows[clean_path(path)] = (total, _sum_known(nonzero))
     return ParameterCount(
         total=sum(total for total, _ in rows.values()),
         nonzero=_sum_known([nonzero for _, nonzero in rows.values()]),

@@ -11,7 +11,7 @@ from rich.progress import Progress
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lightning_compress.core.cost import MacCount, count_macs, count_parameters
+from lightning_compress.core.cost import HeldWeight, MacCount, count_macs, count_parameters
 from lightning_compress.core.paths import clean_path
 from lightning_compress.evaluation.latency import Latency
 from lightning_compress.evaluation.size import dense_bytes, gzip_bytes
@@ -192,7 +192,7 @@ def _row(
         "shape": shown.shape,
         "parameters": [before[0], sum(new.parameters for new in news)],
         "nonzero": [before[1], _sum_known([new.nonzero for new in news])],
-        "bits": [before[2], max((new.bits for new in news if new.bits is not None), default=None)],
+        "bits": [before[2], max(news, key=lambda new: new.parameters).bits if news else None],
         "macs": [before[3], _sum_known([new.macs for new in news]) if macs_known else None],
     }
 
@@ -228,15 +228,16 @@ def _layer(module: nn.Module, total: int, nonzero: int | None, macs: int | None)
     own = [
         tensor for name, tensor in module.named_parameters() if "." not in name or name.startswith("parametrizations.")
     ]
-    weight = getattr(module, "weight", None) if total else None
+    held = module if isinstance(module, HeldWeight) else None
+    weight = getattr(module, "weight", None) if total and not held else None
     if not isinstance(weight, torch.Tensor):
         weight = max(own, key=torch.Tensor.numel, default=None) if total else None
     return LayerCost(
         type=parametrize.type_before_parametrizations(module).__name__,
-        shape=[] if weight is None else list(weight.shape),
+        shape=list(held.shape) if held else [] if weight is None else list(weight.shape),
         parameters=total,
         nonzero=nonzero,
-        bits=None if weight is None else 8 * weight.element_size(),
+        bits=held.bits if held else None if weight is None else 8 * weight.element_size(),
         macs=macs,
     )
 

@@ -75,6 +75,13 @@ class IntegerTensor(nn.Module):
         flat = unpack_integers(self.values, self.bits, math.prod(self.shape), self.dtype == torch.int8)
         return flat.reshape(self.shape)
 
+    def count_nonzero(self) -> int | None:
+        """Return how many of them stand for a number that is not zero; ``None`` without values (``meta``)."""
+        if self.values.is_meta:
+            return None
+        q = self.integers()
+        return int((q != along(self.zero_point, q, self.axis)).sum())
+
     @torch.no_grad()
     def put(self, q: Tensor, scale: Tensor, zero_point: Tensor) -> None:
         """Store integers in the tensor's shape, with scales and zero points."""

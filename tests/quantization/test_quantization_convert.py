@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_compress import ConfigurationError, journal_of, load_compressed, save_compressed
+from lightning_compress.evaluation.measurement import layer_table, measure
 from lightning_compress.quantization import IntegerLayer, convert, convert_in_place
 from lightning_compress.quantization.convert import fold_batch_norm
 from lightning_compress.quantization.fixed import FixedQuantizer
@@ -255,3 +256,23 @@ def test_large_networks(name: str) -> None:
     assert float((found - fake).square().mean().sqrt()) < 0.05 * rms
     if name != "densenet121":  # its norms stand before convolutions
         assert not any(isinstance(part, nn.BatchNorm2d) for part in model.modules())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_report_counts_integers_as_the_weights_they_stand_for(bits: int) -> None:
+    model, _ = ready(Small, weights=bits)
+    model.get_submodule("head").weight.data[0].zero_()
+    dense = measure(model, gzip=False)
+    integers = measure(convert(model), gzip=False)
+    rows = {row["name"]: row for row in layer_table(dense, integers)}
+    assert rows["head"]["parameters"][0] == rows["head"]["parameters"][1]
+    assert rows["head"]["bits"] == [32, bits]
+    zeros = int((dequantized(convert(model).get_submodule("head")) == 0).sum())
+    assert rows["head"]["parameters"][1] - rows["head"]["nonzero"][1] == zeros
+    assert zeros >= model.get_submodule("head").in_features
+    assert sum(row["parameters"][1] for row in rows.values()) == integers.parameters
+
+
+def dequantized(layer: nn.Module) -> Tensor:
+    (tensor,) = integer_tensors(layer)
+    return tensor()
