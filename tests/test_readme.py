@@ -20,7 +20,7 @@ def test_python_blocks_run(number: int, tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_there_are_blocks_and_named_things_exist() -> None:
     text = README.read_text(encoding="utf-8")
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
     makefile = (README.parent / "Makefile").read_text(encoding="utf-8")
     targets = re.findall(r"^    make ([a-z-]+)", text, flags=re.MULTILINE)
     assert {"demo", "test"} <= set(targets)
