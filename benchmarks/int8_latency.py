@@ -148,7 +148,7 @@ def main() -> None:
     rows = [row for name in names for row in rows_of(name, 2 if given.quick else 6, 20 if given.quick else 150)]
     modules = {name: importlib.import_module(name) for name in ("onnx", "onnxruntime", "openvino", "nncf")}
     versions = {name: module.__version__ for name, module in modules.items()}
-    publish("int8_latency", rows, environment(threads=1, **versions), given.out)
+    publish("int8_latency", rows, environment(quick=given.quick, threads=1, **versions), given.out)
 
 
 if __name__ == "__main__":
