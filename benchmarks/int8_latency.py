@@ -10,13 +10,13 @@ each runtime is compared with itself only.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +146,7 @@ def main() -> None:
     torch.set_num_threads(1)
     names = ["mobilenet_v2"] if given.quick else list(GOALS)
     rows = [row for name in names for row in rows_of(name, 2 if given.quick else 6, 20 if given.quick else 150)]
-    modules = {name: importlib.import_module(name) for name in ("onnx", "onnxruntime", "openvino", "nncf")}
-    versions = {name: module.__version__ for name, module in modules.items()}
+    versions = {name: version(name) for name in ("onnx", "onnxruntime", "openvino", "nncf")}
     publish("int8_latency", rows, environment(quick=given.quick, threads=1, **versions), given.out)
 
 
