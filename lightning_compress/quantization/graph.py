@@ -141,6 +141,7 @@ def kind_of_item(source: Operation, index: object) -> str:
 def function_name(target: object) -> str:
     """Return the plain name of a function, an overload of an operator, or a method's name.
 
+    >>> import torch
     >>> function_name(torch.add), function_name(torch.ops.aten.relu.default), function_name("view")
     ('add', 'relu', 'view')
     """

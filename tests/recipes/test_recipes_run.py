@@ -25,6 +25,7 @@ RECIPES = recipe_files()
 FACTS = ("Command:", "Seed:", "Machine:", "Baseline:", "Result:", "Wall time:")
 RATES = {"digits_2to4": 1.7, "digits_optimal_brain": 4, "mnist_lenet300_merge": 1.9, "resnet20_structured": 1.6} | {
     "distill_resnet20": 2.9,
+    "digits_ptq": 5,
     "qat_int8_digits": 3.5,
     "mnist_lottery": 3.5,
     "mnist_ssl_lenet5": 2,
@@ -46,6 +47,8 @@ def test_no_recipe_is_forgotten() -> None:
         "deep_compression_lenet300",
         "deep_compression_lenet5",
         "digits_2to4",
+        "digits_ptq",
+        "qat_int8_digits",
         "digits_deep_compression",
         "digits_optimal_brain",
         "mnist_lenet300_merge",
