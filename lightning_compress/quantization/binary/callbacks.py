@@ -9,7 +9,6 @@ from typing import Any, ClassVar, cast
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from lightning_compress.core.callback import CompressionCallback
@@ -23,11 +22,18 @@ from lightning_compress.quantization.binary.functions import glorot_bound, loss_
 from lightning_compress.quantization.binary.layers import (
     CONVOLUTIONS,
     TRANSPOSED,
-    FewLevels,
     LossAwareWeight,
     SignWeight,
     no_signs,
     takes_signs,
+)
+from lightning_compress.quantization.binary.weights import (
+    check_curvature,
+    few_levels_of,
+    owners_of,
+    real_weight,
+    second_moment,
+    why_held,
 )
 
 METHODS = ("binary_connect", "bwn", "xnor", "binary_net", "loss_aware")
@@ -38,8 +44,6 @@ _KIND = {
     "xnor": "scaled_sign_weight",
     "loss_aware": "loss_aware_weight",
 }
-_SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum")
-"""What torch's adaptive optimizers call the running second moment: Adam and its kin, RMSprop, Adagrad."""
 
 
 class FewLevelsCallback(CompressionCallback):
@@ -65,8 +69,8 @@ class FewLevelsCallback(CompressionCallback):
     def choose(self, root: nn.Module) -> Selection:
         """Select as ``select`` says, but for weights that are shared or parametrized by others."""
         selection = super().choose(root)
-        owners = _owners(root)
-        reasons = {path: self.unfit(layer) or _held(layer, owners) for path, layer in selection.layers.items()}
+        owners = owners_of(root)
+        reasons = {path: self.unfit(layer) or why_held(layer, owners) for path, layer in selection.layers.items()}
         left = {path: why for path, why in reasons.items() if why}
         if len(left) == len(reasons):
             raise SelectionError(f"no layer is left to binarize: {'; '.join(f'{p}: {w}' for p, w in left.items())}")
@@ -76,7 +80,7 @@ class FewLevelsCallback(CompressionCallback):
     def prepare(self, layers: Layers) -> Iterable[Edit]:
         """Parametrize each weight, once."""
         for path, layer in layers.items():
-            if _few(layer) is None:
+            if few_levels_of(layer) is None:
                 kind, config = self.weight_edit(layer)
                 yield Edit("parametrize", path, kind, {"tensor": "weight", "amount": self.schedule.initial, **config})
 
@@ -84,7 +88,7 @@ class FewLevelsCallback(CompressionCallback):
         """Return a row for each weight."""
         rows = []
         for path, layer in layers.items():
-            weight = _real(layer)
+            weight = real_weight(layer)
             action = self.action() if weight.requires_grad else f"{self.action()} (frozen: not trained to it)"
             rows.append(PlanRow("select", f"{path}.weight", "x".join(map(str, weight.shape)), action))
         return rows
@@ -96,7 +100,7 @@ class FewLevelsCallback(CompressionCallback):
     def update(self, layers: Layers, amount: float) -> None:
         """Move every weight on towards its few values."""
         for layer in layers.values():
-            for part in (_few(layer), layer if takes_signs(layer) else None):
+            for part in (few_levels_of(layer), layer if takes_signs(layer) else None):
                 if part is not None:
                     cast(Tensor, part.amount).fill_(amount)
 
@@ -104,15 +108,15 @@ class FewLevelsCallback(CompressionCallback):
         """Leave the few values alone in each weight."""
         self.update(layers, 1.0)
         for path, layer in layers.items():
-            few = _few(layer)
+            few = few_levels_of(layer)
             if few is not None:
                 few.eval()  # what is drawn at random in training is decided by sign now
                 yield Edit("bake", path, "", {"tensor": "weight"})
 
     def metrics(self, layers: Layers) -> dict[str, float]:
         """Return the ``strength`` of the few values, and the root mean square ``distance`` of real weights to them."""
-        strength = max(float(few.amount) for layer in layers.values() if (few := _few(layer)) is not None)
-        squares = [(_real(layer) - cast(Tensor, layer.weight)).float().square() for layer in layers.values()]
+        strength = max(float(few.amount) for layer in layers.values() if (few := few_levels_of(layer)) is not None)
+        squares = [(real_weight(layer) - cast(Tensor, layer.weight)).float().square() for layer in layers.values()]
         mean = sum(float(square.sum()) for square in squares) / sum(square.numel() for square in squares)
         return {"strength": strength, "distance": mean**0.5}
 
@@ -193,12 +197,12 @@ class Binarization(FewLevelsCallback):
         """Return kind and configuration of the parametrization of a layer's weight."""
         if not self._clips:
             return _KIND[self.method], {}
-        bound = glorot_bound(_real(layer)) if self.bound is None else self.bound
+        bound = glorot_bound(real_weight(layer)) if self.bound is None else self.bound
         return _KIND[self.method], {"stochastic": self.stochastic, "bound": bound}
 
     def unfit(self, layer: nn.Module) -> str:
         """Refuse layers whose inputs cannot be binarized, where they should be."""
-        return no_signs(layer) if self._signs_inputs and _few(layer) is None else ""
+        return no_signs(layer) if self._signs_inputs and few_levels_of(layer) is None else ""
 
     def action(self) -> str:
         """Return what the plan says of each weight."""
@@ -217,17 +221,17 @@ class Binarization(FewLevelsCallback):
         """Return a row for each weight; refuse optimizers that know no curvature, where it is needed."""
         if self.method == "loss_aware":
             for optimizer in cast(LightningModule, self.module).trainer.optimizers:
-                _check_curvature(optimizer)
+                check_curvature(optimizer)
         return super().plan(layers)
 
     def after_step(self, layers: Layers, optimizer: Optimizer) -> None:
         """Clip real weights to their bound, or follow the curvature, as the method says."""
         for layer in layers.values():
-            weight, few = _real(layer), _few(layer)
+            weight, few = real_weight(layer), few_levels_of(layer)
             if isinstance(few, SignWeight) and weight.requires_grad:
                 weight.clamp_(-few.bound, few.bound)
             if isinstance(few, LossAwareWeight):
-                moment = _second_moment(optimizer, weight)
+                moment = second_moment(optimizer, weight)
                 if moment is not None:
                     few.scale.copy_(loss_aware_scale(weight, moment.to(weight.dtype).sqrt()))
 
@@ -276,49 +280,3 @@ class Ternarization(FewLevelsCallback):
     def action(self) -> str:
         """Return what the plan says of each weight."""
         return f"ternarize at {self.threshold:g} of the mean magnitude"
-
-
-def _few(layer: nn.Module) -> FewLevels | None:
-    """Return the parametrization of these callbacks, if a layer's weight has one."""
-    if not parametrize.is_parametrized(layer, "weight"):
-        return None
-    parts = layer.get_submodule("parametrizations.weight").children()
-    return next((part for part in parts if isinstance(part, FewLevels)), None)
-
-
-def _real(layer: nn.Module) -> nn.Parameter:
-    """Return the real weight that the optimizer updates."""
-    few = _few(layer)
-    return layer.get_parameter("weight" if few is None else "parametrizations.weight.original")
-
-
-def _owners(root: nn.Module) -> dict[int, int]:
-    """Return how many modules hold each parameter."""
-    count: dict[int, int] = {}
-    for module in root.modules():
-        for parameter in module.parameters(recurse=False):
-            count[id(parameter)] = count.get(id(parameter), 0) + 1
-    return count
-
-
-def _held(layer: nn.Module, owners: Mapping[int, int]) -> str:
-    if _few(layer) is None and parametrize.is_parametrized(layer, "weight"):
-        return "kept: its weight is parametrized by something else"
-    if owners.get(id(_real(layer)), 0) > 1:
-        return "kept: its weight is shared with another module"
-    return ""
-
-
-def _check_curvature(optimizer: Optimizer) -> None:
-    """Refuse an optimizer that keeps no second moment, as far as its settings tell."""
-    defaults = optimizer.defaults
-    if not ({"betas", "rho", "lr_decay"} & defaults.keys() or {"alpha", "eps"} <= defaults.keys()):
-        raise ConfigurationError(
-            f"`method` 'loss_aware' needs an optimizer that keeps a second moment of the gradients (Adam, RMSprop, "
-            f"Adagrad), got {type(optimizer).__name__}; change the optimizer, or use method='bwn'"
-        )
-
-
-def _second_moment(optimizer: Optimizer, weight: nn.Parameter) -> Tensor | None:
-    state = optimizer.state.get(weight, {})
-    return next((state[key] for key in _SECOND_MOMENTS if isinstance(state.get(key), Tensor)), None)
