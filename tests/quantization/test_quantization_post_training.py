@@ -115,7 +115,8 @@ def test_beats_plain_rounding_on_digits(digits, bits: int) -> None:
     assert sum(errors["gptq"]) < 0.8 * sum(errors["plain"])
     assert sum(scores["gptq"]) >= sum(scores["plain"]) - 0.01
     if bits == 2:
-        assert sum(scores["gptq"]) > sum(scores["plain"]) + 0.05
+        gained = round(sum(scores["gptq"]) * len(test[1])) - round(sum(scores["plain"]) * len(test[1]))
+        assert gained >= 0.1 * len(test[1])
 
 
 def test_each_step_alone_lowers_the_error(digits) -> None:
