@@ -109,7 +109,7 @@ def rows_of(name: str, times: dict[str, tuple[Times, Times]], goal: float | None
 def measure(quick: bool) -> list[Row]:
     """Return all rows."""
     pairs: tuple[tuple[str, Build, Build, int], ...] = (
-        ("ResNet-56 teaches ResNet-20, batch 128", resnet20, resnet56, 2 if quick else 5),
+        ("ResNet-56 teaches ResNet-20, batch 128", resnet20, resnet56, 2 if quick else 8),
         ("MLP of 4.2 M weights teaches one of 1.8 M, batch 128", partial(flat_mlp, 256), partial(flat_mlp, 512), 40),
     )
     rows = []
