@@ -13,13 +13,12 @@ from torch.optim import Optimizer
 
 from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.errors import ConfigurationError, SelectionError, did_you_mean
-from lightning_compress.core.paths import clean_path, get_layer, named_layers
+from lightning_compress.core.paths import get_layer, named_layers
 from lightning_compress.core.plan import PlanRow
 from lightning_compress.core.rules import build_rules
 from lightning_compress.core.run import Layers
 from lightning_compress.core.schedule import Schedule
 from lightning_compress.core.select import Select, Selection
-from lightning_compress.pruning.masks import apply_mask, pack_mask, unpack_mask
 from lightning_compress.pruning.sparsity.groups import (
     BN_SCALE,
     GroupTarget,
@@ -35,6 +34,7 @@ from lightning_compress.pruning.sparsity.penalties import (
     group_soft_threshold,
 )
 from lightning_compress.pruning.sparsity.rules import StrengthRule, check_rising, checked_strength
+from lightning_compress.pruning.sparsity.zeros import StayingZeros
 
 MODES = ("proximal", "penalty")
 
@@ -114,8 +114,7 @@ class SparsityRegularization(CompressionCallback):
         self.rules = build_rules(rules, StrengthRule, "strength")
         self._targets: list[GroupTarget] = []
         self._strengths: dict[str, tuple[str, float]] = {}
-        self._masks: dict[str, Tensor] = {}
-        self._packed: dict[str, Tensor] = {}
+        self._zeros = StayingZeros()
 
     def choose(self, root: nn.Module) -> Selection:
         """Select the layers, those that only a rule names included, and find their groups."""
@@ -188,25 +187,19 @@ class SparsityRegularization(CompressionCallback):
                     f"{self.state_key}: every group of {target.key!r} is zero; unless a shortcut leads around it, "
                     "nothing gets through the layer any more. Lower `strength`, or give it a rule of its own"
                 )
-        if amount >= self.schedule.final and not self._masks:
+        if amount >= self.schedule.final and not self._zeros.masks:
             for target in self._targets:
                 if target.tensors(layers)[0].requires_grad:
-                    self._masks |= target.silence(zero[target.key], layers)
+                    self._zeros.masks |= target.silence(zero[target.key], layers)
             self.enforce(layers)
 
     def enforce(self, layers: Layers) -> None:
         """Put the zeros back, exactly."""
-        for key in self._masks:
-            path, _, name = key.rpartition(".")
-            if path in layers:
-                self._zero(key, layers[path].get_parameter(name))
+        self._zeros.enforce(layers)
 
     def enforce_state(self, state_dict: dict[str, Any]) -> None:
         """Put the zeros into weights that are about to be saved."""
-        tensors = {clean_path(key): value for key, value in state_dict.items() if isinstance(value, Tensor)}
-        for key in self._masks:
-            if key in tensors:
-                self._zero(key, tensors[key])
+        self._zeros.enforce_state(state_dict)
 
     def metrics(self, layers: Layers) -> dict[str, float]:
         """Return the ``penalty``, the ``strength``, and how many of all ``groups`` are zero, also for each tensor.
@@ -229,27 +222,19 @@ class SparsityRegularization(CompressionCallback):
 
     def values(self) -> dict[str, Any]:
         """Return the masks as bits, once they are chosen."""
-        return {key: pack_mask(mask) for key, mask in self._masks.items()} | dict(self._packed)
+        return self._zeros.state()
 
     def load_values(self, values: Mapping[str, Any]) -> None:
         """Take masks from a checkpoint; they are unpacked when the weights are at hand."""
-        self._masks, self._packed = {}, dict(values)
+        self._zeros.load(values)
 
     def attach_values(self, layers: Layers) -> None:
         """Unpack loaded masks for the tensors they belong to."""
-        known = {f"{path}.{name}": p for path, m in layers.items() for name, p in m.named_parameters(recurse=False)}
-        for key, packed in self._packed.items():
-            if key not in known:
-                raise ConfigurationError(
-                    f"the checkpoint has zeros for {key!r}, which is not selected now; {did_you_mean(key, known)} "
-                    "Resume with the `select`, `rules` and `granularity` it was written with"
-                )
-            self._masks[key] = unpack_mask(packed, known[key], key)
-        self._packed = {}
+        self._zeros.attach(layers)
 
     def reset_values(self) -> None:
         """Forget the masks and what they belong to."""
-        self._targets, self._strengths, self._masks, self._packed = [], {}, {}, {}
+        self._targets, self._strengths, self._zeros = [], {}, StayingZeros()
 
     @property
     def _share(self) -> float:
@@ -274,12 +259,6 @@ class SparsityRegularization(CompressionCallback):
                 )
             found.append((target, float(rates[id(weight)] or 0.0)))
         return found
-
-    def _zero(self, key: str, tensor: Tensor) -> None:
-        mask = self._masks[key]
-        if mask.device != tensor.device:
-            mask = self._masks[key] = mask.to(tensor.device)
-        apply_mask(tensor, mask)
 
     def _select(self, root: nn.Module, types: tuple[type[nn.Module], ...]) -> Selection:
         try:
