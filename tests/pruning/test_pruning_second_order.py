@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_compress import ConfigurationError
 from lightning_compress.pruning.second_order import (
     fisher_diagonal,
+    gauss_newton_diagonal,
     hutchinson_diagonal,
     obd_saliency,
     obs_prune_exact,
@@ -49,6 +50,30 @@ def constrained(weight: Tensor, hessian: Tensor, gone: tuple[int, ...]) -> tuple
 def test_obd_by_hand():
     weight, curvature = torch.tensor([1.0, -2.0, 3.0, 0.5]), torch.tensor([8.0, 1.0, 0.0, -4.0])
     assert obd_saliency(weight, curvature).tolist() == [4.0, 2.0, 0.0, 0.0]
+
+
+def test_gauss_newton_is_the_expected_square_of_the_gradients():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    images, weights = torch.rand(7, 2, 3), [net[1].weight, net[3].weight]
+    wanted = [torch.zeros_like(weight) for weight in weights]
+    for image in images:
+        logs = net(image[None]).log_softmax(1)[0]
+        for log in logs:
+            for total, g in zip(wanted, torch.autograd.grad(log, weights, retain_graph=True), strict=True):
+                total += log.detach().exp() * g.square() / len(images)
+    found = gauss_newton_diagonal(net, {"a": net[1], "b": net[3]}, images.split(4))
+    assert torch.allclose(found["a"].float(), wanted[0], rtol=1e-5)
+    assert torch.allclose(found["b"].float(), wanted[1], rtol=1e-5)
+    assert net.training
+    assert weights[0].grad is None
+    with pytest.raises(ConfigurationError, match="`batches` is empty"):
+        gauss_newton_diagonal(net, {"a": net[1]}, [])
+    with pytest.raises(ConfigurationError, match="'x' did not run"):
+        gauss_newton_diagonal(net, {"x": nn.Linear(1, 1)}, [images])
+    twice = nn.Sequential(nn.Linear(4, 4), net[2], nn.Linear(4, 2))
+    with pytest.raises(ConfigurationError, match="'a' must run once"):
+        gauss_newton_diagonal(nn.Sequential(twice[0], twice[0], twice[2]), {"a": twice[0]}, [torch.rand(2, 4)])
 
 
 def test_obs_by_hand_on_four_weights_without_correlation_is_obd():
