@@ -172,5 +172,14 @@ def publish(name: str, rows: Sequence[Row], facts: Mapping[str, Any], out: Path 
     return path
 
 
+def earlier(path: Path, rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of an earlier run that were not measured anew."""
+    if not path.exists():
+        return []
+    known = [{key: value for key, value in row.items() if key != "met"} for row in json.loads(path.read_text())["rows"]]
+    anew = {row.case for row in rows}
+    return [Row(**row) for row in known if row["case"] not in anew]
+
+
 def _short(number: float | None) -> str:
     return "" if number is None else f"{number:.4g}" if abs(number) < 1e5 else f"{number:,.0f}"

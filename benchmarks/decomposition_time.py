@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -128,15 +127,6 @@ def measure(part: str, quick: bool) -> list[Row]:
     return [replace(row, goal=None) for row in rows] if quick else rows
 
 
-def earlier(path: Path, rows: list[Row]) -> list[Row]:
-    """Return the rows of an earlier run that were not measured anew."""
-    if not path.exists():
-        return []
-    known = [{key: value for key, value in row.items() if key != "met"} for row in json.loads(path.read_text())["rows"]]
-    anew = {row.case for row in rows}
-    return [Row(**row) for row in known if row["case"] not in anew]
-
-
 def main() -> None:
     """Measure and publish."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -149,7 +139,7 @@ def main() -> None:
     for part in given.part or PARTS:
         facts = common.environment(quick=given.quick, threads=1)
         rows = measure(part, given.quick)
-        common.publish(NAME, [*earlier(out / f"{NAME}.json", rows), *rows], facts, out)
+        common.publish(NAME, [*common.earlier(out / f"{NAME}.json", rows), *rows], facts, out)
 
 
 if __name__ == "__main__":
