@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lightning_compress import ConfigurationError, SelectionError, StructuredPruning, compress, coupled_groups
 from lightning_compress.pruning.structured import channel_importance, recalibrate_batch_norm
-from lightning_compress.pruning.structured.budget import choose_cuts, costs_of
+from lightning_compress.pruning.structured.budget import costs_of
 from lightning_compress.pruning.structured.limits import Limit
+from lightning_compress.pruning.structured.widths import choose_cuts
 
 
 class Joined(nn.Module):

@@ -22,7 +22,7 @@ from lightning_compress.core.plan import PlanRow
 from lightning_compress.core.run import Layers
 from lightning_compress.core.schedule import Schedule
 from lightning_compress.core.select import Select, Selection
-from lightning_compress.pruning.structured.budget import Costs, choose_cuts, choose_widths, costs_of, lowest
+from lightning_compress.pruning.structured.budget import Costs, costs_of
 from lightning_compress.pruning.structured.goal import check_reachable, resolve_goal
 from lightning_compress.pruning.structured.groups import ChannelGroup, parameter_in, slice_edits, zero_channels
 from lightning_compress.pruning.structured.importance import has_scales
@@ -31,6 +31,7 @@ from lightning_compress.pruning.structured.limits import Limit, Limits, as_limit
 from lightning_compress.pruning.structured.ranking import Ranking, as_ranking
 from lightning_compress.pruning.structured.roles import SELECTABLE
 from lightning_compress.pruning.structured.trace import coupled_groups
+from lightning_compress.pruning.structured.widths import choose_cuts, choose_widths, lowest
 
 
 class StructuredPruning(CompressionCallback):
@@ -65,7 +66,7 @@ class StructuredPruning(CompressionCallback):
         ranking: Which channels go first: a word such as ``"l2"``, ``"taylor"`` or ``"fpgm"``, or a :class:`Ranking`,
             which also says how groups are compared (``scope``).
         limits: How far each group may be cut: a :class:`Limits` or a mapping such as ``{"floor": 0.25, "round_to": 8}``
-            with ``rules`` for single layers.
+            with ``rules`` for single layers. By default wide groups keep multiples of 4, 8 or 16 channels.
         name: Tells two of these callbacks apart.
 
     Raises:
@@ -126,7 +127,7 @@ class StructuredPruning(CompressionCallback):
                 f"no channels of {type(root).__name__} can be cut: "
                 + "; ".join(f"{path}: {why}" for path, why in list(left.items())[:8])
             )
-        self._groups, self._limits = groups, self.limits.of(groups, root)
+        self._groups, self._limits = groups, self._steps.of(groups, root)
         layers = {touch.path: get_layer(root, touch.path) for group in groups for touch in group.touches}
         self._costs = self._count(root, example_inputs, layers)
         check_reachable(self._wanted, self._counted, self._least, left)
@@ -159,8 +160,9 @@ class StructuredPruning(CompressionCallback):
         scores = self.ranking.score(self._groups, layers, self._seen)
         done = amount / self.schedule.final if self.schedule.final else 1.0
         if self._search is None:
-            costs, scope = self._costs[self.goal], self.ranking.scope
-            self._cuts = choose_cuts(scores, 1 - amount, costs, scope, self._limits, self._cuts, done)
+            counted, beside = self._counted, self._beside
+            scope, limits = self.ranking.scope, self._limits
+            self._cuts = choose_cuts(scores, 1 - amount, counted, scope, limits, self._cuts, done, beside)
         else:
             self._solve(self._search, scores)
             widths = {
@@ -241,6 +243,17 @@ class StructuredPruning(CompressionCallback):
         return self._costs[self.goal] if self._search is None else self._costs.get("macs", self._costs["parameters"])
 
     @property
+    def _beside(self) -> Costs | None:
+        """What must not rise where widths are rounded."""
+        return self._costs.get({"macs": "parameters", "parameters": "macs", "latency": "parameters"}.get(self.goal, ""))
+
+    @property
+    def _steps(self) -> Limits:
+        """The limits; which multiples are fast is measured, where a latency is the goal."""
+        measured = self._search is not None and self.limits.round_to is None
+        return replace(self.limits, round_to=1) if measured else self.limits
+
+    @property
     def _wanted(self) -> tuple[str, float]:
         return (self.goal, 1 - self.schedule.final) if self._search is None else ("macs", 1.0)
 
@@ -251,10 +264,11 @@ class StructuredPruning(CompressionCallback):
                 name: limit if name in whole or limit.round_to % step == 0 else replace(limit, round_to=step)
                 for name, limit in self._limits.items()
             }
-            return choose_widths(scores, share, self._counted, self.ranking.scope, limits, self._cuts)
+            scope, beside = self.ranking.scope, self._beside
+            return choose_widths(scores, share, self._counted, scope, limits, self._cuts, beside=beside)
 
         share_of = self._counted.share
-        search.solve(widths_at, share_of, share_of(self._least), self.limits.round_to)
+        search.solve(widths_at, share_of, share_of(self._least), self._steps.round_to or 1)
         if not search.record()["met"]:
             rank_zero_warn(f"{self.state_key}: measured {search.describe()}, which is missed; is the machine busy?")
 

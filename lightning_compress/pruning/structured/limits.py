@@ -30,11 +30,11 @@ class Limit:
     round_to: int = 1
     amount: float | None = None
 
-    def kept(self, channels: int, removed: int) -> int:
-        """Return how many of ``channels`` stay when ``removed`` should go.
+    def kept(self, channels: int, removed: int, down: bool = False) -> int:
+        """Return how many of ``channels`` stay when ``removed`` should go, the multiple next to that or below.
 
-        >>> Limit(0.1, 8).kept(64, 13), Limit(0.5).kept(10, 9), Limit().kept(4, 0)
-        (48, 5, 4)
+        >>> Limit(0.1, 8).kept(64, 11), Limit(0.1, 8).kept(64, 11, down=True), Limit(0.5).kept(10, 9)
+        (56, 48, 5)
         """
         if removed <= 0:
             return channels
@@ -42,7 +42,7 @@ class Limit:
         kept = max(channels - removed, least)
         step = self.round_to
         if step > 1:
-            kept = max(step, (2 * kept + step) // (2 * step) * step)
+            kept = max(step, (kept if down else kept + step // 2) // step * step)
             kept += step if kept < least else 0
         return min(channels, kept)
 
@@ -110,7 +110,8 @@ class Limits:
 
     Args:
         floor: Least share of each group's channels that stays, 0 to below 1; at least one channel always does.
-        round_to: Keep multiples of so many channels, which fast kernels like (8 or 16), where layers are wide enough.
+        round_to: Keep multiples of so many channels, which fast kernels like (8 or 16), where layers are wide enough;
+            ``None`` takes what suits each group, see :func:`suited_multiple`, and 1 allows any number.
         rules: Exceptions by name: a :class:`ChannelRule`, or a mapping of its arguments; the last that matches wins.
 
     Raises:
@@ -121,12 +122,12 @@ class Limits:
     """
 
     floor: float = 0.1
-    round_to: int = 1
+    round_to: int | None = None
     rules: Mapping[str, ChannelRule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.floor is None or self.round_to is None:
-            raise ConfigurationError("`floor` and `round_to` must be numbers, got None")
+        if self.floor is None:
+            raise ConfigurationError("`floor` must be a number from 0 to below 1, got None")
         _check_share("floor", self.floor)
         _check_step(self.round_to)
         if self.rules is not None and not isinstance(self.rules, Mapping):
@@ -140,7 +141,7 @@ class Limits:
         Raises:
             SelectionError: If a rule matches no layer, or only layers whose channels cannot be cut.
         """
-        steps = {group.name: 1 if group.rebuilt is not None else self.round_to for group in groups}  # heads are few
+        steps = {group.name: self._multiple(group) for group in groups}
         found = {name: Limit(self.floor, step) for name, step in steps.items()}
         for name, rule in self.rules.items():
             try:
@@ -153,8 +154,26 @@ class Limits:
                     f"rule {name!r} of `limits` matches {', '.join(list(matched)[:4])}, whose channels cannot be cut; "
                     f"what can be cut: {', '.join(found) or 'nothing'}"
                 )
-            found |= {group: rule.refine(Limit(self.floor, steps[group])) for group in mine}
+            exact = rule.amount is not None and self.round_to is None  # a share that was asked for is no place to round
+            found |= {group: rule.refine(Limit(self.floor, 1 if exact else steps[group])) for group in mine}
         return found
+
+    def _multiple(self, group: ChannelGroup) -> int:
+        if group.rebuilt is not None:  # heads are few
+            return 1
+        return suited_multiple(group.channels) if self.round_to is None else self.round_to
+
+
+def suited_multiple(channels: int) -> int:
+    """Return the largest of 1, 4, 8 and 16 that is at most a sixth of so many channels.
+
+    Kernels work on 4, 8 or 16 numbers at a time, so that channels beyond a multiple cost as much as a whole one more,
+    while a twelfth of a group more or less hardly matters to its task.
+
+    >>> [suited_multiple(channels) for channels in (16, 24, 64, 96, 512)]
+    [1, 4, 8, 16, 16]
+    """
+    return max(multiple for multiple in (1, 4, 8, 16) if multiple == 1 or 6 * multiple <= channels)
 
 
 def as_limits(limits: Limits | Mapping[str, Any] | None) -> Limits:
