@@ -22,7 +22,6 @@ from lightning_compress.core.progress import slow
 from lightning_compress.core.run import Layers
 from lightning_compress.core.schedule import Schedule
 from lightning_compress.core.select import Select, Selection
-from lightning_compress.low_rank.decompose import factorize
 from lightning_compress.low_rank.factors import Factors, as_factors
 from lightning_compress.low_rank.goals import Goal, resolve_goal
 from lightning_compress.low_rank.layers import Factorized
@@ -66,7 +65,8 @@ class LowRank(CompressionCallback):
             In ``compress`` both are the same.
         select: Which layers; default all that can be factorized.
         batches: Calibration data (a tensor, a list of batches, a loader, a data module) by whose inputs errors are
-            weighed; without it the error of the weights counts.
+            weighed; without it the error of the weights counts. With ``factors={"keep": "outputs"}`` the factors
+            themselves are those that keep the outputs for it (activation-aware SVD).
         name: Tells two of these callbacks apart.
 
     Raises:
@@ -104,6 +104,8 @@ class LowRank(CompressionCallback):
         self.factors = as_factors(factors)
         self.goal: Goal | None = resolve_goal(compression_rate, macs, latency, self.factors)
         check_batches(batches, self.factors.samples)
+        if self.factors.keep == "outputs" and batches is None:
+            raise ConfigurationError("`factors` keeps `outputs`, which takes data: give calibration `batches` too")
         self.when, self.batches = when, batches
         self._search = self._searches_with(self.goal, self.factors, batches)
         self._methods: dict[str, str] = {}
@@ -202,11 +204,13 @@ class LowRank(CompressionCallback):
             layer, row = layers[path], self._row(path, layers[path])
             if decision.ranks:
                 norm = self.factors.batch_norm and takes_norm(layer)
-                found = factorize(layer, decision.method, decision.ranks, norm)
-                of_outputs = f", of outputs {decision.error:.3g}" if decision.error else ""
+                found = self._search.factorize(path, layer, norm)
+                lost = decision.error if found.output_error is None else found.output_error
+                of_outputs = f", of outputs {lost:.3g}" if lost else ""
                 row = self._row(path, found.module, f", error of the weight {found.error:.3g}{of_outputs}")
                 edits.append(found.edit(path))
             rows.append(row)
+        self._search.forget()
         kept = [PlanRow("kept", path, "", why) for path, why in self._left.items()]
         self.plan_text = render_plan(f"{self.state_key}: {self.goal or 'given ranks'}", [*rows, *kept])
         rank_zero_info(self.plan_text)

@@ -9,10 +9,10 @@ from torch import nn
 
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.low_rank.allocation import Line, fastest, least_cost, least_error
+from lightning_compress.low_rank.costs import cost
 from lightning_compress.low_rank.decompose import best_method, spectra
 from lightning_compress.low_rank.evbmf import evbmf
 from lightning_compress.low_rank.factors import Factors
-from lightning_compress.low_rank.layers import factor_shapes
 from lightning_compress.low_rank.methods import Ranks, method_named
 from lightning_compress.low_rank.shapes import blocks_of, own_tensors, shape_of
 from lightning_compress.low_rank.tables import Decision, Sizes, Table
@@ -107,18 +107,11 @@ def _sides(layer: nn.Module, method: str, index: int) -> tuple[int, int]:
 def grows(layer: nn.Module, method: str, ranks: Ranks, sizes: Sizes, batch_norm: bool) -> str:
     """Return why factors of these ranks would not be smaller than the layer, or would do more, or nothing."""
     shape = shape_of(layer)
-    parts = factor_shapes(shape, method, ranks, batch_norm)
-    parameters = sum(part.parameters for part in parts) + (
-        sum(2 * part.outputs for part in parts[:-1]) if batch_norm else 0
-    )
+    parameters = cost(shape, method, ranks, batch_norm=batch_norm).parameters
     if parameters >= shape.parameters:
         return f"at {list(ranks)} it would grow from {shape.parameters:,} to {parameters:,} parameters"
-    before = after = 0
-    for size in sizes:
-        before += shape.macs(size)
-        for part in parts:
-            after += part.macs(size)
-            size = part.output_size(size)
+    before = sum(shape.macs(size) for size in sizes)
+    after = sum(cost(shape, method, ranks, size, batch_norm).macs for size in sizes)
     if before and after >= before:
         return f"at {list(ranks)} it would do {after:,} operations instead of {before:,}"
     return ""

@@ -25,13 +25,14 @@ from torch import Tensor, nn
 
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.journal import Edit
-from lightning_compress.core.patches import layer_patches
 from lightning_compress.core.verbs import layout_of
+from lightning_compress.low_rank.costs import Cost, cost, dense_cost, resolve
 from lightning_compress.low_rank.kinds import KIND, check, hand_over, structure
-from lightning_compress.low_rank.layers import Factorized, dense_of, factor_shapes, norm_reason
+from lightning_compress.low_rank.layers import Factorized, dense_of, norm_reason
 from lightning_compress.low_rank.matrix import as_float, energy
 from lightning_compress.low_rank.method import Effort, Method, Ranks
 from lightning_compress.low_rank.methods import METHODS, automatic, method_named
+from lightning_compress.low_rank.moments import Moment, SquareMoment, check_moment, second_moment
 from lightning_compress.low_rank.shapes import LAYERS, LayerShape, blocks_of, own_tensors, shape_of, weight_of
 
 __all__ = [
@@ -50,21 +51,6 @@ __all__ = [
     "usable_ranks",
     "why_not",
 ]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a layer costs.
-
-    Attributes:
-        parameters: Numbers it learns, bias and batch norm included.
-        weights: Those that are multiplied with inputs, as papers count: without bias and batch norm.
-        macs: Multiply-accumulate operations for one sample.
-    """
-
-    parameters: int
-    weights: int
-    macs: int
 
 
 @dataclass(frozen=True)
@@ -118,7 +104,7 @@ def full_ranks(layer: nn.Module | LayerShape, method: str = "auto") -> Ranks:
     >>> full_ranks(nn.Conv2d(16, 32, 3)), full_ranks(nn.Linear(10, 4))
     ((48,), (4,))
     """
-    shape, chosen = _resolve(layer, method)
+    shape, chosen = resolve(layer, method)
     return method_named(chosen).full_ranks(shape)
 
 
@@ -128,56 +114,9 @@ def usable_ranks(layer: nn.Module | LayerShape, method: str, ranks: Sequence[int
     >>> usable_ranks(nn.Conv2d(8, 8, 3, groups=2), "tucker", [7, 100])
     (6, 8)
     """
-    shape, chosen = _resolve(layer, method)
+    shape, chosen = resolve(layer, method)
     rounded = tuple(max(rank // shape.groups, 1) * shape.groups for rank in ranks)
     return method_named(chosen).usable(shape, rounded)
-
-
-def cost(
-    layer: nn.Module | LayerShape,
-    method: str = "auto",
-    ranks: Sequence[int] = (),
-    size: Sequence[int] = (),
-    batch_norm: bool = False,
-) -> Cost:
-    """Return what the factors of a layer cost, without building them.
-
-    Args:
-        layer: The layer, or its shape.
-        method: Name of the method.
-        ranks: As the method counts them.
-        size: Spatial size of the layer's input; for Linear the number of rows of one sample, ``()`` for one.
-            Without it convolutions count as at one position.
-        batch_norm: Whether there is batch norm between the factors.
-
-    >>> cost(nn.Conv2d(3, 64, 3, padding=1, bias=False), "spatial_svd", [5], (224, 224))
-    Cost(parameters=1005, weights=1005, macs=50426880)
-    """
-    shape, chosen = _resolve(layer, method)
-    factors = factor_shapes(shape, chosen, tuple(ranks), batch_norm)
-    return _total(shape, factors, size, batch_norm)
-
-
-def dense_cost(layer: nn.Module | LayerShape, size: Sequence[int] = ()) -> Cost:
-    """Return what a layer costs as it is; arguments as in :func:`cost`.
-
-    >>> dense_cost(nn.Linear(8, 4))
-    Cost(parameters=36, weights=32, macs=32)
-    """
-    shape = layer if isinstance(layer, LayerShape) else shape_of(dense_of(layer))
-    return _total(shape, (shape,), size)
-
-
-def _total(whole: LayerShape, factors: Sequence[LayerShape], size: Sequence[int], batch_norm: bool = False) -> Cost:
-    weights = sum(factor.parameters - (factor.outputs if factor.bias else 0) for factor in factors)
-    more = whole.outputs if whole.bias else 0
-    more += sum(2 * factor.outputs for factor in factors[:-1]) if batch_norm else 0
-    macs = 0
-    for factor in factors:
-        here = size or (1,) * len(factor.kernel)
-        macs += factor.macs(here)
-        size = factor.output_size(here) if size else ()
-    return Cost(weights + more, weights, macs)
 
 
 def spectra(layer: nn.Module, method: str = "auto") -> tuple[Tensor, ...]:
@@ -187,7 +126,7 @@ def spectra(layer: nn.Module, method: str = "auto") -> tuple[Tensor, ...]:
     [torch.Size([1, 48])]
     """
     dense = dense_of(layer)
-    shape, chosen = _resolve(dense, method)
+    shape, chosen = resolve(dense, method)
     check_method(shape, chosen)
     blocks = blocks_of(as_float(own_tensors(dense)["weight"]), shape)
     per_group = [method_named(chosen).spectra(block) for block in blocks]
@@ -200,8 +139,9 @@ def factorize(
     method: str = "auto",
     ranks: Sequence[int] = (),
     batch_norm: bool = False,
-    moment: Tensor | None = None,
+    moment: Tensor | Sequence[Moment] | None = None,
     steps: int | None = None,
+    directions: Sequence[Tensor] = (),
 ) -> Factorization:
     """Return the factors of a trained layer, or fewer of them of a layer that is factorized already.
 
@@ -214,9 +154,10 @@ def factorize(
         method: Name of the method, or ``"auto"``.
         ranks: As the method counts them, over all groups.
         batch_norm: Put a batch norm after each factor but the last, which starts as the identity.
-        moment: Of the layer's inputs, (groups, n, n), see :func:`second_moment`: ``svd`` and ``channel_svd`` then keep
-            the outputs as they are for such inputs (activation-aware SVD), not the weights.
+        moment: Of the layer's inputs, (groups, n, n) from :func:`second_moment`, or one for each group: ``svd``,
+            ``channel_svd`` and ``spatial_svd`` then keep the outputs as they are for such inputs, not the weight.
         steps: Iterations at most of Tucker and CP; by default what they think is enough.
+        directions: Of each group, if an error profile has found them: then no SVD is computed.
 
     Raises:
         ConfigurationError: If the method or the ranks do not fit the layer, or its weight is not finite.
@@ -232,7 +173,7 @@ def factorize(
     ))
     """
     dense, ranks = dense_of(layer), tuple(ranks)
-    shape, chosen = _resolve(dense, method)
+    shape, chosen = resolve(dense, method)
     check(shape, chosen, ranks, batch_norm)
     weight = as_float(own_tensors(dense)["weight"])
     if not bool(torch.isfinite(weight).all()):
@@ -242,53 +183,45 @@ def factorize(
     inner = tuple(rank // shape.groups for rank in ranks)
     split: list[list[Tensor]] = []
     lost, seen_lost = _Share(), _Share()
-    for block, seen in zip(blocks, moments, strict=True):
-        split.append(algebra.split(block, inner, Effort(seen, steps)))
+    found: Sequence[Tensor | None] = directions or [None] * len(blocks)
+    for block, seen, known in zip(blocks, moments, found, strict=True):
+        split.append(algebra.split(block, inner, Effort(seen, steps, known)))
         off = algebra.merge(split[-1], shape).sub_(block)
         lost.add(energy(off), energy(block))
         if seen is not None:
-            seen_lost.add(_seen_energy(off, seen), _seen_energy(block, seen))
+            seen_lost.add(seen.energy(off.flatten(1)), seen.energy(block.flatten(1)))
     del off
     module = structure(dense, chosen, ranks, batch_norm, device="meta")
     _fill(module, [torch.stack(parts) for parts in zip(*split, strict=True)], own_tensors(dense)["weight"])
     return Factorization(layer, module, lost.root(), None if moment is None else seen_lost.root())
 
 
-def second_moment(layer: nn.Module, inputs: Tensor) -> Tensor:
-    r"""Return :math:`\sum x x^\top` of what each output of a layer sees; add up over batches.
-
-    Args:
-        layer: Linear or Conv1d/2d/3d.
-        inputs: What the layer was called with.
-
-    Returns:
-        (groups, n, n) in float64, n the inputs (of a group) times the kernel's size.
-
-    >>> second_moment(nn.Linear(2, 1), torch.tensor([[1.0, 2.0], [0.0, 1.0]])).tolist()
-    [[[1.0, 2.0], [2.0, 5.0]]]
-    """
-    rows = layer_patches(layer, inputs.detach()).double()
-    return rows.transpose(1, 2) @ rows
-
-
-def _moments(moment: Tensor | None, shape: LayerShape, method: Method) -> list[Tensor | None]:
+def _moments(moment: Tensor | Sequence[Moment] | None, shape: LayerShape, method: Method) -> Sequence[Moment | None]:
     """Return the moment of each group."""
     if moment is None:
         return [None] * shape.groups
-    if not method.uses_moment or shape.kind not in ("linear", "conv"):
+    if not weighs_outputs(shape, method.name):
         raise ConfigurationError(
-            f"`moment` is for 'svd' and 'channel_svd' of Linear and convolutions, not for {method.name!r} of "
+            f"`moment` is for {', '.join(map(repr, AWARE))} of Linear and convolutions, not for {method.name!r} of "
             f"{shape.kind} layers; leave it out"
         )
-    size = shape.inputs // shape.groups * math.prod(shape.kernel)
-    if tuple(moment.shape) != (shape.groups, size, size):
-        raise ConfigurationError(
-            f"`moment` must be of shape {(shape.groups, size, size)} for this layer, got {tuple(moment.shape)}; "
-            "take it from `second_moment(layer, inputs)`"
-        )
-    if not bool(torch.isfinite(moment).all()):
-        raise ConfigurationError("`moment` holds infinite or undefined numbers; check the calibration inputs")
-    return list(moment)
+    if not isinstance(moment, Tensor):
+        return moment
+    check_moment(moment, shape)
+    return [SquareMoment(matrix) for matrix in moment]
+
+
+def weighs_outputs(shape: LayerShape, method: str) -> bool:
+    """Return whether a method can keep the outputs of a layer as they are, instead of its weight.
+
+    >>> weighs_outputs(LayerShape("linear", 8, 8), "svd"), weighs_outputs(LayerShape("embedding", 8, 8), "svd")
+    (True, False)
+    """
+    return method_named(method).uses_moment and shape.kind in ("linear", "conv")
+
+
+AWARE = tuple(name for name, method in METHODS.items() if method.uses_moment)
+"""Methods that can weigh outputs."""
 
 
 @dataclass
@@ -303,11 +236,6 @@ class _Share:
 
     def root(self) -> float:
         return math.sqrt(max(self.lost, 0.0) / self.whole) if self.whole > 0 else 0.0
-
-
-def _seen_energy(block: Tensor, moment: Tensor) -> float:
-    rows = block.flatten(1).double()
-    return float(((rows @ moment.double().to(rows.device)) * rows).sum())
 
 
 def _fill(module: Factorized, blocks: list[Tensor], like: Tensor) -> None:
@@ -329,8 +257,3 @@ def check_method(shape: LayerShape, method: str) -> None:
     reason = method_named(method).reason(shape)
     if reason:
         raise ConfigurationError(f"{method!r} does not fit this layer: {reason}")
-
-
-def _resolve(layer: nn.Module | LayerShape, method: str) -> tuple[LayerShape, str]:
-    shape = layer if isinstance(layer, LayerShape) else shape_of(dense_of(layer))
-    return shape, automatic(shape) if method == "auto" else method

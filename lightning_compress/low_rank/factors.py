@@ -16,6 +16,7 @@ from lightning_compress.low_rank.methods import METHODS
 
 Rank = int | tuple[int, ...] | str | Mapping[str, float]
 FAVORS = ("speed", "accuracy")
+KEEP = ("weights", "outputs")
 WORDS = ("evbmf",)
 """Ranks that are words: ``"evbmf"`` asks variational Bayes."""
 
@@ -74,6 +75,10 @@ class Factors:
             error of an equal share for every layer allows, with at least half of the signal that each layer lets
             through there; ``"accuracy"`` lets most of the signal through, whatever the time, which keeps far more of a
             trained network.
+        keep: What factors are nearest to: the ``"weights"``, or the ``"outputs"`` on calibration ``batches``
+            (activation-aware: the SVD of the weight whitened by what the layer sees, Wang et al. 2024; a second spatial
+            kernel fitted to it). Of the calibration outputs no more is lost than otherwise; with few samples new data
+            may lose more. Tucker, CP, trains, embeddings and transposed convolutions stay with the weights.
         samples: How many calibration samples are enough.
         rules: Exceptions by name: a :class:`FactorRule`, or a mapping of its arguments; the last that matches wins.
 
@@ -89,6 +94,7 @@ class Factors:
     round_to: int = 1
     batch_norm: bool = False
     favor: str = "speed"
+    keep: str = "weights"
     samples: int = 256
     rules: Mapping[str, FactorRule] = field(default_factory=dict)
 
@@ -96,6 +102,8 @@ class Factors:
         _check(self.method, self.round_to)
         if self.favor not in FAVORS:
             raise ConfigurationError(f"`favor` is {self.favor!r}: {did_you_mean(str(self.favor), FAVORS)}")
+        if self.keep not in KEEP:
+            raise ConfigurationError(f"`keep` is {self.keep!r}: {did_you_mean(str(self.keep), KEEP)}")
         if not isinstance(self.batch_norm, bool):
             raise ConfigurationError(f"`batch_norm` must be true or false, got {self.batch_norm!r}")
         object.__setattr__(self, "rank", as_rank(self.rank))
@@ -131,6 +139,7 @@ def _refine(factors: Factors, rule: FactorRule) -> Factors:
         round_to=rule.round_to or factors.round_to,
         batch_norm=factors.batch_norm,
         favor=factors.favor,
+        keep=factors.keep,
         samples=factors.samples,
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.isolation import batch_size_of, evaluating
-from lightning_compress.core.patches import CONVOLUTIONS, padded
-from lightning_compress.low_rank.shapes import shape_of
+from lightning_compress.core.patches import CONVOLUTIONS, layer_patches, padded
+from lightning_compress.low_rank.matrix import as_float
+from lightning_compress.low_rank.moments import Moment, Seeing
+from lightning_compress.low_rank.shapes import own_tensors, shape_of
 
 
 @dataclass
@@ -21,26 +24,41 @@ class Seen:
     """What one layer saw.
 
     Attributes:
-        sizes: Spatial size of the input at each call of one pass; of Linear the rows of one sample.
+        sizes: Spatial size of the input at each call of the last pass that called it; of Linear the rows of one sample.
+        calls: The same of the pass that runs.
         rows: What single outputs see: (groups, n, in) as in ``layer_patches``; of a transposed convolution what single
             inputs hold, of an embedding the numbers (n,). ``None`` if nothing was kept.
+        seeing: Far more of them, as the second moment that they have; ``None`` if nobody asked.
     """
 
     sizes: list[tuple[int, ...]] = field(default_factory=list)
+    calls: list[tuple[int, ...]] = field(default_factory=list)
     rows: Tensor | None = None
+    seeing: Seeing | None = None
+
+    @property
+    def moments(self) -> list[Moment]:
+        """Second moment of each group, if it was gathered."""
+        return [] if self.seeing is None else self.seeing.moments()
 
 
 def look(
-    model: nn.Module, layers: Mapping[str, nn.Module], inputs: Iterable[Any], run: Any, rows: int = 0
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    inputs: Sequence[Any],
+    run: Any,
+    rows: int = 0,
+    gather: Collection[str] = (),
 ) -> dict[str, Seen]:
     """Run a model and return what its layers see; layers that are never called are missing.
 
     Args:
         model: Put into evaluation mode meanwhile; random states stay too.
         layers: Those to watch, by path.
-        inputs: Batches, one after the other.
+        inputs: Batches.
         run: Called with the model and a batch.
         rows: How many to keep of each layer in each batch, at places that are the same in every run.
+        gather: Paths of the layers, Linear or convolutions, whose second moments are wanted too.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(18, 2))
     >>> seen = look(net, {"0": net[0], "2": net[2]}, [torch.zeros(4, 1, 5, 5)], lambda m, x: m(x), rows=10)
@@ -48,24 +66,34 @@ def look(
     ([(5, 5)], torch.Size([1, 10, 9]), torch.Size([1, 4, 18]))
     """
     seen: dict[str, Seen] = {}
-    generator = torch.Generator().manual_seed(0)
+    generators = tuple(torch.Generator().manual_seed(seed) for seed in (0, 1))
     with ExitStack() as stack, torch.no_grad():
         stack.enter_context(evaluating(model))
         for path, layer in layers.items():
-            hook = partial(_watch, seen, path, rows, generator)
+            more = -(-_enough(layer) // max(1, len(inputs))) if path in gather else 0
+            hook = partial(_watch, seen.setdefault(path, Seen()), (rows, more), generators)
             stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for batch in inputs:
-            for past in seen.values():
-                past.sizes = []
             run(model, batch)
-    return seen
+            for found in seen.values():
+                found.sizes, found.calls = found.calls or found.sizes, []
+    return {path: found for path, found in seen.items() if found.sizes}
+
+
+def _enough(layer: nn.Module) -> int:
+    """Return how many rows make a second moment: twice as many as it has directions."""
+    weight = own_tensors(layer)["weight"]
+    return max(_LEAST, 2 * weight[0].numel())
+
+
+_LEAST = 4096
+"""Rows of which a second moment is made at least, where there are as many."""
 
 
 def _watch(
-    seen: dict[str, Seen],
-    path: str,
-    rows: int,
-    generator: torch.Generator,
+    mine: Seen,
+    counts: tuple[int, int],
+    generators: tuple[torch.Generator, ...],
     layer: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -73,11 +101,14 @@ def _watch(
     given = args[0] if args else kwargs.get("input")
     if not isinstance(given, Tensor):
         return
-    mine = seen.setdefault(path, Seen())
-    mine.sizes.append(_size(layer, given))
+    mine.calls.append(_size(layer, given))
+    rows, more = counts
     if rows:
-        kept = sample_rows(layer, given.detach(), rows, generator)
+        kept = sample_rows(layer, given.detach(), rows, generators[0])
         mine.rows = kept if mine.rows is None else torch.cat([mine.rows, kept], dim=-2 if kept.dim() > 1 else 0)
+    if more:
+        mine.seeing = mine.seeing or Seeing()
+        mine.seeing.add(as_float(sample_rows(layer, given.detach(), more, generators[1])))
 
 
 def _size(layer: nn.Module, given: Tensor) -> tuple[int, ...]:
@@ -117,6 +148,9 @@ def sample_rows(layer: nn.Module, inputs: Tensor, count: int, generator: torch.G
     if not isinstance(layer, CONVOLUTIONS):
         rows = _some(batched.movedim(1, -1).flatten(0, -2), count, generator)
     else:
+        every = len(batched) * math.prod(shape.output_size(batched.shape[2:]))
+        if count >= every:
+            return layer_patches(layer, batched)
         rows = _patches(layer, padded(layer, batched), count, generator)
     return rows.unflatten(1, (shape.groups, -1)).flatten(2).transpose(0, 1)
 

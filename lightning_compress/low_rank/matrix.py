@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_compress.low_rank.moments import Moment
+
 _EXACT_UP_TO = 2048
 """Gram matrices up to this size are built in float64, where that costs seconds at most."""
 
@@ -28,6 +30,39 @@ def energy(values: Tensor) -> float:
 _PIECE = 1 << 22
 
 
+def gram(matrix: Tensor) -> Tensor:
+    r"""Return :math:`W W^\top`; of large matrices its lower triangle alone, which is all that eigenvectors need.
+
+    >>> gram(torch.tensor([[3.0, 4.0]])).tolist()
+    [[25.0]]
+    """
+    size = len(matrix)
+    if size <= _BLOCK:
+        return matrix @ matrix.t()
+    found = matrix.new_zeros(size, size)
+    for start in range(0, size, _BLOCK):
+        stop = min(start + _BLOCK, size)
+        found[start:stop, :stop] = matrix[start:stop] @ matrix[:stop].t()
+    return found
+
+
+_BLOCK = 512
+"""Rows that are multiplied at a time."""
+
+
+def principal(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the squared singular values of a matrix, falling, and the directions along its smaller side.
+
+    >>> strengths, directions = principal(torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 2.0]]))
+    >>> strengths.tolist(), directions.abs().tolist()
+    ([9.0, 4.0], [[1.0, 0.0], [0.0, 1.0]])
+    """
+    thin = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
+    exact = thin.double() if thin.shape[0] <= _EXACT_UP_TO else thin
+    values, vectors = torch.linalg.eigh(gram(exact))
+    return values.clamp(min=0).flip(0), vectors.flip(1).to(matrix.dtype)
+
+
 def gram_vectors(matrix: Tensor, rank: int) -> Tensor:
     r"""Return the leading left singular vectors of a matrix, from :math:`W W^\top`.
 
@@ -42,7 +77,7 @@ def gram_vectors(matrix: Tensor, rank: int) -> Tensor:
     [[0.0], [1.0]]
     """
     exact = matrix.double() if matrix.shape[0] <= _EXACT_UP_TO else matrix
-    vectors: Tensor = torch.linalg.eigh(exact @ exact.t())[1]
+    vectors: Tensor = torch.linalg.eigh(gram(exact))[1]
     return vectors[:, -rank:].flip(1).to(matrix.dtype)
 
 
@@ -75,11 +110,13 @@ def singular_values(matrix: Tensor) -> Tensor:
     """
     thin = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
     exact = thin.double() if thin.shape[0] <= _EXACT_UP_TO else thin
-    values: Tensor = torch.linalg.eigvalsh(exact @ exact.t())
+    values: Tensor = torch.linalg.eigvalsh(gram(exact))
     return values.clamp(min=0).sqrt().flip(0).to(matrix.dtype)
 
 
-def split_matrix(matrix: Tensor, rank: int, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def split_matrix(
+    matrix: Tensor, rank: int, moment: Moment | None = None, directions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     r"""Return the two factors of the best approximation of a given rank (truncated SVD, Eckart and Young 1936).
 
     .. math:: W \approx B A, \qquad B = U_k S_k^{1/2}, \quad A = S_k^{1/2} V_k^\top
@@ -92,7 +129,9 @@ def split_matrix(matrix: Tensor, rank: int, moment: Tensor | None = None) -> tup
     Args:
         matrix: (m, n).
         rank: 1 to min(m, n).
-        moment: (n, n), of any scale; or nothing.
+        moment: Of the inputs; or nothing.
+        directions: The first of those that :func:`principal` finds in the (whitened) matrix, at least as many as the
+            rank; or nothing.
 
     Returns:
         B (m, rank) and A (rank, n), with norms that are even.
@@ -100,36 +139,30 @@ def split_matrix(matrix: Tensor, rank: int, moment: Tensor | None = None) -> tup
     >>> left, right = split_matrix(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), 1)
     >>> [[round(value, 6) for value in row] for row in (left @ right).tolist()]
     [[3.0, 0.0], [0.0, 0.0]]
-    >>> left, right = split_matrix(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), 1, torch.diag(torch.tensor([0.01, 1.0])))
+    >>> from lightning_compress.low_rank.moments import SquareMoment
+    >>> moment = SquareMoment(torch.diag(torch.tensor([0.01, 1.0])))
+    >>> left, right = split_matrix(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), 1, moment)
     >>> [[round(value, 6) for value in row] for row in (left @ right).tolist()]
     [[0.0, 0.0], [0.0, 1.0]]
     """
+    directions = None if directions is not None and directions.shape[1] < rank else directions
     if moment is not None:
-        return _split_whitened(matrix, rank, moment)
+        return _split_whitened(matrix, rank, moment, directions)
     if matrix.shape[0] > matrix.shape[1]:
-        right, left = split_matrix(matrix.t(), rank)
+        right, left = split_matrix(matrix.t(), rank, None, directions)
         return left.t(), right.t()
-    left = leading_vectors(matrix, rank)
+    left = leading_vectors(matrix, rank) if directions is None else directions[:, :rank]
     return balance(left, left.t() @ matrix)
 
 
-_UNSEEN = 1e-6
-"""Weight of directions without inputs, relative to the mean of all."""
-
-
-def _split_whitened(matrix: Tensor, rank: int, moment: Tensor) -> tuple[Tensor, Tensor]:
-    exact, second = matrix.double(), moment.double().to(matrix.device)
-    usual = float(second.diagonal().mean())
-    second = second / usual if usual > 0 else torch.zeros_like(second)
-    root = torch.linalg.cholesky(second + _UNSEEN * torch.eye(len(second), dtype=second.dtype, device=second.device))
-    white = exact @ root
-    if white.shape[0] <= white.shape[1]:
-        left = gram_vectors(white, rank)
-        right = left.t() @ exact
+def _split_whitened(matrix: Tensor, rank: int, moment: Moment, directions: Tensor | None) -> tuple[Tensor, Tensor]:
+    if directions is None:
+        directions = principal(moment.whiten(matrix))[1]
+    turned = directions[:, :rank].double()
+    if matrix.shape[0] <= matrix.shape[1]:
+        left, right = turned, turned.t() @ matrix.double()
     else:
-        turned = gram_vectors(white.t(), rank)
-        left = white @ turned
-        right = torch.linalg.solve_triangular(root, turned.t(), upper=False, left=False)
+        left, right = moment.whiten(matrix) @ turned, moment.unwhiten(turned.t())
     left, right = balance(left, right)
     return left.to(matrix.dtype), right.to(matrix.dtype)
 

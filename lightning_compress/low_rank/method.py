@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.low_rank.matrix import singular_values
+from lightning_compress.low_rank.moments import Moment
 from lightning_compress.low_rank.shapes import LayerShape
 
 Ranks = tuple[int, ...]
@@ -23,12 +24,14 @@ class Effort:
     """What a split may use besides the weight.
 
     Attributes:
-        moment: Second moment of what each output sees, (in x kernel, in x kernel); or nothing.
+        moment: Of what each output of the group sees; or nothing.
         steps: Iterations at most, of methods that iterate; or what they think is enough.
+        directions: What :meth:`Method.principal` found, or the first of it; or nothing.
     """
 
-    moment: Tensor | None = None
+    moment: Moment | None = None
     steps: int | None = None
+    directions: Tensor | None = None
 
 
 PLAIN = Effort()
@@ -72,6 +75,17 @@ class Method(ABC):
     def spectra(self, weight: Tensor) -> list[Tensor]:
         """Return for each rank what it loses when it ends there: values of which the rest's squares add up."""
         return [singular_values(matrix) for matrix in self.unfoldings(weight)]
+
+    def principal(self, weight: Tensor, moment: Moment | None = None) -> tuple[Tensor, Tensor] | None:
+        """Return what is lost with each direction that a truncation leaves out, and the directions; or nothing.
+
+        Of methods that truncate a single SVD, so that the directions serve any rank.
+
+        Args:
+            weight: Of one group.
+            moment: If the outputs are to be kept for it.
+        """
+        return None
 
     def usable(self, shape: LayerShape, ranks: Ranks) -> Ranks:
         """Return the ranks without what is of no use, such as more than full ones."""

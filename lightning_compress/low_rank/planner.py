@@ -15,6 +15,7 @@ from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.isolation import batch_size_of, call, same_randomness
 from lightning_compress.core.progress import slow
 from lightning_compress.low_rank.choice import divide, grows, own_ranks, smallest
+from lightning_compress.low_rank.decompose import weighs_outputs
 from lightning_compress.low_rank.factors import Factors
 from lightning_compress.low_rank.goals import Goal
 from lightning_compress.low_rank.looking import Seen, look
@@ -55,7 +56,8 @@ class Layers:
                 data = list(calibration_batches(batches, samples))
             first = data[0][0] if isinstance(data[0], list | tuple) else data[0]
             self.example = first if example is None else example
-            self.seen = look(self.model, self.modules, data, run_on, rows=-(-samples // len(data)))
+            gather = [path for path in self.modules if self._keeps_outputs(path)]
+            self.seen = look(self.model, self.modules, data, run_on, -(-samples // len(data)), gather)
         elif example is not None:
             self.seen = look(self.model, self.modules, [example], call)
         self.asked = batches is not None or example is not None
@@ -65,9 +67,13 @@ class Layers:
         for path, layer in slow(self.modules.items(), "Weighing ranks"):
             seen, how = self.seen.get(path, Seen()), self.settings[path]
             norm = how.batch_norm and takes_norm(layer)
-            table = table_of(path, layer, self.methods[path], seen.sizes, seen.rows, norm, smallest_only)
+            table = table_of(path, layer, self.methods[path], seen.sizes, seen.rows, norm, smallest_only, seen.moments)
             self.tables[path] = in_steps(table, shape_of(layer).groups, how.round_to)
             seen.rows = None
+
+    def _keeps_outputs(self, path: str) -> bool:
+        how, layer = self.settings[path], self.modules[path]
+        return how.keep == "outputs" and weighs_outputs(shape_of(layer), self.methods[path])
 
     def uncalled(self, path: str) -> bool:
         """Return whether the model was run and did not call a layer."""

@@ -15,8 +15,10 @@ from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.latency import LatencyGoal, agree, batch_of, many_processes, relative, time_models
 from lightning_compress.core.paths import named_layers
 from lightning_compress.low_rank.choice import divide, smallest
+from lightning_compress.low_rank.decompose import Factorization, factorize
 from lightning_compress.low_rank.factors import Factors
 from lightning_compress.low_rank.goals import Goal
+from lightning_compress.low_rank.moments import Moment
 from lightning_compress.low_rank.planner import UNCALLED, Layers, choose_each, choose_for_goal, decision_of
 from lightning_compress.low_rank.selection import takes_norm
 from lightning_compress.low_rank.tables import Decision
@@ -39,6 +41,8 @@ class RankSearch:
         decisions: What becomes of each layer, once decided.
         figures: What was measured: milliseconds before and after.
         example: One batch, if any is known.
+        moments: Of what each group of a layer sees, where factors are to keep the outputs.
+        directions: Of each group of a layer, where factors follow from them.
     """
 
     def __init__(self, goal: Goal | None, factors: Factors, batches: Any = None) -> None:
@@ -46,10 +50,12 @@ class RankSearch:
         self.decisions: dict[str, Decision] = {}
         self.figures: dict[str, float] = {}
         self.example: Any = None
+        self.moments: dict[str, list[Moment]] = {}
+        self.directions: dict[str, tuple[Tensor, ...]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the example, which may be large."""
-        return {**self.__dict__, "example": None}
+        """Leave out what may be large and is found anew."""
+        return {**self.__dict__, "example": None, "moments": {}, "directions": {}}
 
     def check(self, model: nn.Module, modules: Mapping[str, nn.Module], methods: Mapping[str, str]) -> None:
         """Raise a ConfigurationError if a goal is out of reach whatever the weights will be."""
@@ -70,8 +76,21 @@ class RankSearch:
         layers.look(self.example, self.batches, self.factors.samples)
         layers.fill()
         self.decisions = _agreed(self._choose(layers))
+        self.moments = {path: seen.moments for path, seen in layers.seen.items() if seen.moments}
+        self.directions = {path: table.directions for path, table in layers.tables.items()}
         if self.goal is not None and self.goal.latency is not None:
             self.figures = dict(zip(_FIGURES, agree([self.figures.get(name, 0.0) for name in _FIGURES]), strict=True))
+
+    def factorize(self, path: str, layer: nn.Module, batch_norm: bool) -> Factorization:
+        """Return the factors that were decided for."""
+        decision, moments = self.decisions[path], self.moments.get(path)
+        known = self.directions.get(path, ())
+        found = factorize(layer, decision.method, decision.ranks, batch_norm, moments, directions=known)
+        return of_the_first(found) if self.moments else found
+
+    def forget(self) -> None:
+        """Let go of what was only needed to find the factors."""
+        self.moments, self.directions = {}, {}
 
     def made(self, model: nn.Module) -> bool:
         """Return whether a model has the factors that were decided for, at the same places."""
@@ -155,6 +174,21 @@ class RankSearch:
         rounds = self.measure([full_copy(model), trial(model, decisions, norms)], inputs, goal.seconds / (2 * _TRIES))
         before = statistics.median(rounds[0])
         return before, before * relative(rounds[1], rounds[0])
+
+
+@torch.no_grad()
+def of_the_first(found: Factorization) -> Factorization:
+    """Return the first process's factors, which may have been fitted to other data."""
+    if not many_processes():
+        return found
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    for parameter in found.module.parameters():
+        sent = parameter.detach().to(device)
+        torch.distributed.broadcast(sent, 0)
+        parameter.copy_(sent)
+    known = found.output_error is not None
+    error, lost = agree([found.error, found.output_error or 0.0])
+    return replace(found, error=error, output_error=lost if known else None)
 
 
 def _agreed(decisions: dict[str, Decision]) -> dict[str, Decision]:

@@ -82,10 +82,26 @@ class LayerShape:
         >>> LayerShape("conv", 3, 8, (3, 3), (2, 2), (1, 1), (1, 1)).macs((32, 32))
         55296
         """
+        positions = size if self.kind == "conv_transpose" else self.output_size(size)
+        return math.prod(positions) * self.macs_at_one
+
+    @property
+    def macs_at_one(self) -> int:
+        """Multiply-accumulate operations for one row, or at one position."""
         if self.kind == "embedding":
             return 0
-        positions = size if self.kind == "conv_transpose" else self.output_size(size)
-        return self.runs * math.prod(positions) * (self.parameters - (self.outputs if self.bias else 0))
+        return self.runs * (self.parameters - (self.outputs if self.bias else 0))
+
+    def traffic(self, size: Sequence[int]) -> int:
+        """Return the numbers that are read and written for one sample: parameters, inputs and outputs.
+
+        >>> LayerShape("linear", 4, 2).traffic((3,))
+        26
+        """
+        seen, made = math.prod(size), math.prod(self.output_size(size))
+        if self.kind == "embedding":
+            return self.outputs * made
+        return self.parameters + self.runs * (self.inputs * seen + self.outputs * made)
 
     def build(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
         """Return an ordinary torch layer of this shape."""

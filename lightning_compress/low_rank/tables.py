@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lightning_compress.low_rank.errors import error_profile
+from lightning_compress.low_rank.costs import cost, total
+from lightning_compress.low_rank.errors import Profile, error_profile
 from lightning_compress.low_rank.layers import Factorized, factor_shapes, norm_reason
 from lightning_compress.low_rank.methods import Ranks, method_named
+from lightning_compress.low_rank.moments import Moment
 from lightning_compress.low_rank.shapes import LayerShape, shape_of
 
 Numbers = NDArray[np.float64]
@@ -34,6 +36,7 @@ class Table:
         time: What one pass takes: operations and memory traffic, modelled; or milliseconds, measured.
         error: Relative squared error of the outputs.
         why: Why there is no candidate beside the layer itself, or nothing.
+        directions: Of each group, enough for any candidate, where factors follow from them.
     """
 
     path: str
@@ -44,6 +47,7 @@ class Table:
     time: Numbers
     error: Numbers
     why: str = ""
+    directions: tuple[Tensor, ...] = field(default=(), repr=False)
 
     def only(self, kept: NDArray[np.bool_], why: str) -> Table:
         """Return the table with some candidates left out; ``why`` counts if none is left."""
@@ -80,6 +84,7 @@ def table_of(
     rows: Tensor | None = None,
     batch_norm: bool = False,
     smallest_only: bool = False,
+    moments: Sequence[Moment] = (),
 ) -> Table:
     """Return the candidates of a layer, without those that would be larger or do more operations than the layer.
 
@@ -91,6 +96,7 @@ def table_of(
         rows: What it sees, to weigh errors with.
         batch_norm: Whether there is to be a batch norm between factors.
         smallest_only: Look at no weight, and list the smallest candidate only.
+        moments: Of each group, if the factors are to keep the outputs for them.
 
     >>> table = table_of("fc", nn.Linear(8, 8, bias=False), "svd", [(1,)])
     >>> table.ranks, table.macs.tolist()
@@ -98,15 +104,18 @@ def table_of(
     """
     shape = shape_of(layer)
     if smallest_only:
-        ranks, errors = [(shape.groups,) * len(method_named(method).full_ranks(shape))], np.ones(1)
+        profile = Profile([(shape.groups,) * len(method_named(method).full_ranks(shape))], np.ones(1), [])
     else:
-        ranks, errors = error_profile(layer, method, rows)
-    costs = np.vstack([_costs_at(shape, method, ranks, sizes, batch_norm), _cost((shape,), sizes)])
+        profile = error_profile(layer, method, rows, moments)
+    ranks, errors, directions = profile
+    costs = np.vstack([_costs_at(shape, method, ranks, sizes, batch_norm), _cost(shape, (shape,), sizes)])
     found = Table(path, method, (*ranks, ()), costs[:, 0], costs[:, 1], costs[:, 2], np.append(errors, 0.0))
     smaller = found.parameters < found.parameters[-1]
     found = found.only(smaller, "it would be larger at every rank")
     works = found.macs[-1] > 0
-    return found.only((found.macs < found.macs[-1]) | (not works), "it would do more operations at every rank")
+    found = found.only((found.macs < found.macs[-1]) | (not works), "it would do more operations at every rank")
+    most = max((ranks[0] for ranks in found.ranks[:-1]), default=0) // shape.groups
+    return replace(found, directions=tuple(one[:, :most].clone() for one in directions if most))
 
 
 def in_steps(table: Table, groups: int, round_to: int) -> Table:
@@ -120,7 +129,7 @@ def _costs_at(shape: LayerShape, method: str, ranks: Sequence[Ranks], sizes: Siz
     """Return parameters, operations and modelled time for all ranks; with a single rank they lie on a line."""
 
     def at(one: Ranks) -> Numbers:
-        return _cost(factor_shapes(shape, method, one, batch_norm), sizes, batch_norm)
+        return _cost(shape, factor_shapes(shape, method, one, batch_norm), sizes, batch_norm)
 
     if len(ranks) < 3 or len(method_named(method).full_ranks(shape)) > 1:
         return np.array([at(one) for one in ranks])
@@ -128,17 +137,10 @@ def _costs_at(shape: LayerShape, method: str, ranks: Sequence[Ranks], sizes: Siz
     return first + np.arange(len(ranks))[:, None] * (second - first)
 
 
-def _cost(factors: Sequence[LayerShape], sizes: Sizes, batch_norm: bool = False) -> Numbers:
-    parameters = sum(factor.parameters for factor in factors)
-    parameters += sum(2 * factor.outputs for factor in factors[:-1]) if batch_norm else 0
-    macs = moved = 0
-    for size in sizes:
-        for factor in factors:
-            after = factor.output_size(size)
-            macs += factor.macs(size)
-            moved += factor.parameters + factor.inputs * math.prod(size) + factor.outputs * math.prod(after)
-            size = after
-    return np.array([parameters, macs, macs + TRAFFIC * moved], float)
+def _cost(whole: LayerShape, factors: Sequence[LayerShape], sizes: Sizes, batch_norm: bool = False) -> Numbers:
+    found = [total(whole, factors, size, batch_norm) for size in sizes]
+    macs, moved = sum(one.macs for one in found), sum(one.moved for one in found)
+    return np.array([total(whole, factors, (), batch_norm).parameters, macs, macs + TRAFFIC * moved], float)
 
 
 def sizes_of(layer: nn.Module, decision: Decision | None = None, batch_norm: bool = False) -> tuple[int, int]:
@@ -153,8 +155,7 @@ def sizes_of(layer: nn.Module, decision: Decision | None = None, batch_norm: boo
     if decision is None or not decision.ranks:
         return shape.parameters, shape.parameters
     norm = batch_norm and not norm_reason(shape)
-    parts = factor_shapes(shape, decision.method, decision.ranks, norm)
-    return shape.parameters, int(_cost(parts, (), norm)[0])
+    return shape.parameters, cost(shape, decision.method, decision.ranks, batch_norm=norm).parameters
 
 
 def shape_text(shape: LayerShape) -> str:

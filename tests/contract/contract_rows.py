@@ -553,6 +553,13 @@ ROWS = (
                 (),
             ),
             (
+                "by_outputs",
+                "MLP",
+                lambda: LowRank(factors={"rank": 6, "keep": "outputs"}, when="before", batches=[dataset()[:]]),
+                (("replace", "net.layers.1"), ("replace", "net.layers.3")),
+                (),
+            ),
+            (
                 "batch_norm",
                 "Mixed",
                 lambda: LowRank(factors={"rank": 2, "batch_norm": True}, when="before", select=Select(types="Conv2d")),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_compress import LowRank, compress, journal_of
 from lightning_compress.core.patches import layer_patches
 from lightning_compress.low_rank.decompose import factorize, full_ranks, spectra
 from lightning_compress.low_rank.errors import error_profile
@@ -38,7 +39,7 @@ def test_output_errors_are_those_of_the_factors(name: str) -> None:
     build, method, size = LAYERS[name]
     torch.manual_seed(1)
     layer, x = build(), inputs_for(size)
-    ranks, errors = error_profile(layer, method, layer_patches(layer, x))
+    ranks, errors, _ = error_profile(layer, method, layer_patches(layer, x))
     assert ranks[-1] == full_ranks(layer, method)
     with torch.no_grad():
         whole = layer(x).double()
@@ -58,7 +59,7 @@ def test_a_transposed_convolution_is_weighed_by_what_single_inputs_spread() -> N
     layer, x = nn.ConvTranspose2d(6, 4, 3, stride=3, bias=False), inputs_for((8, 6, 5, 5))
     rows = sample_rows(layer, x, 10_000, torch.Generator().manual_seed(0))
     for method in ("spatial_svd", "channel_svd"):
-        ranks, errors = error_profile(layer, method, rows)
+        ranks, errors, _ = error_profile(layer, method, rows)
         with torch.no_grad():  # with a stride like the kernel nothing overlaps
             whole = layer(x)
             built = [float((factorize(layer, method, rank).module(x) - whole).square().sum()) for rank in ranks]
@@ -68,7 +69,7 @@ def test_a_transposed_convolution_is_weighed_by_what_single_inputs_spread() -> N
 def test_an_embedding_is_weighed_by_how_often_its_rows_are_looked_up() -> None:
     torch.manual_seed(1)
     table, often = nn.Embedding(20, 6), torch.tensor([3, 3, 3, 7, 3, 7])
-    ranks, errors = error_profile(table, "svd", often)
+    ranks, errors, _ = error_profile(table, "svd", often)
     with torch.no_grad():
         whole = table(often)
         built = [float((factorize(table, "svd", rank).module(often) - whole).square().sum()) for rank in ranks]
@@ -79,7 +80,7 @@ def test_an_embedding_is_weighed_by_how_often_its_rows_are_looked_up() -> None:
 def test_without_data_the_tail_of_the_spectrum_counts(name: str) -> None:
     build, method, _ = LAYERS[name]
     layer = build()
-    ranks, errors = error_profile(layer, method)
+    ranks, errors, _ = error_profile(layer, method)
     energies = spectra(layer, method)[0].double().square().sum(0)
     expected = 1 - energies.cumsum(0) / energies.sum()
     np.testing.assert_allclose(errors, expected.numpy(), atol=1e-6)
@@ -90,8 +91,8 @@ def test_without_data_the_tail_of_the_spectrum_counts(name: str) -> None:
 def test_nothing_is_lost_of_a_layer_that_is_zero() -> None:
     layer = nn.Linear(4, 4, bias=False)
     nn.init.zeros_(layer.weight)
-    assert error_profile(layer, "svd")[1].tolist() == [0.0] * 4
-    assert error_profile(layer, "svd", torch.zeros(1, 5, 4))[1].tolist() == [0.0] * 4
+    assert error_profile(layer, "svd").errors.tolist() == [0.0] * 4
+    assert error_profile(layer, "svd", torch.zeros(1, 5, 4)).errors.tolist() == [0.0] * 4
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if name not in ("linear", "tall")])
@@ -130,3 +131,46 @@ def test_tables_hold_what_is_smaller_and_does_less() -> None:
     ]
     tiny = table_of("tiny", nn.Linear(1, 9), "svd", [(1,)])
     assert (tiny.ranks, tiny.why) == (((),), "it would be larger at every rank")
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_factors_follow_from_the_directions_that_the_errors_were_found_with(name: str) -> None:
+    build, method, size = LAYERS[name]
+    torch.manual_seed(1)
+    layer = build()
+    ranks, _, directions = error_profile(layer, method, layer_patches(layer, inputs_for(size)))
+    for rank in ranks[::4]:
+        known = factorize(layer, method, rank, directions=directions)
+        assert known.error == pytest.approx(factorize(layer, method, rank).error, abs=1e-6)
+
+
+def test_square_transposed_convolutions_are_weighed_like_others() -> None:
+    torch.manual_seed(1)
+    layer, x = nn.ConvTranspose2d(8, 8, 1, bias=False), inputs_for((8, 8, 5, 5))
+    rows = sample_rows(layer, x, 10_000, torch.Generator().manual_seed(0))
+    ranks, errors, _ = error_profile(layer, "svd", rows)
+    with torch.no_grad():
+        whole = layer(x)
+        built = [float((factorize(layer, "svd", rank).module(x) - whole).square().sum()) for rank in ranks]
+    np.testing.assert_allclose(errors, np.minimum.accumulate(built) / float(whole.square().sum()), atol=2e-4)
+
+
+def test_a_model_is_looked_at_and_factorized_with_one_decomposition_for_each_layer(monkeypatch) -> None:
+    calls = []
+    real = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda *args: calls.append(args[0].shape) or real(*args))
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 20))
+    for batches in (None, [torch.randn(4, 3, 8, 8)]):
+        calls.clear()
+        done = compress(net, LowRank(2.0, batches=batches), example_inputs=torch.zeros(1, 3, 8, 8))
+        assert [tuple(shape) for shape in calls] == [(9, 9), (20, 20)]
+        assert "3" in [edit.path for edit in journal_of(done)]
+
+
+@pytest.mark.parametrize("method", ["svd", "tt"])
+def test_parameters_in_tables_are_those_of_the_modules_bias_included(method: str) -> None:
+    layer = nn.Linear(48, 36)
+    table = table_of("fc", layer, method, [(1,)])
+    for ranks, counted in list(zip(table.ranks, table.parameters, strict=True))[:-1]:
+        assert counted == sum(p.numel() for p in factorize(layer, method, ranks).module.parameters())
+    assert len(table.ranks) > 3
