@@ -23,7 +23,7 @@ def finish(model: Any, int4: bool) -> None:
         node.metadata_props.clear()  # stack traces, which can take more room than weights
         for value in node.outputs:
             value.metadata_props.clear()
-        if node.op_type in MOVES:
+        if node.op_type in MOVES or adds_zeros(node):
             repeat_quantization(model.graph, node)
     for node in list(model.graph):
         if node.op_type == "Gemm":
@@ -31,6 +31,23 @@ def finish(model: Any, int4: bool) -> None:
     if int4:
         store_four_bits(model.graph)
     remove_unused(model.graph)
+
+
+def adds_zeros(node: Any) -> bool:
+    """Return whether a node adds a border that is on the grid of its input already: of zeros, or of repeated values."""
+    if node.op_type != "Pad":
+        return False
+    mode, value = node.attributes.get("mode"), node.inputs[2] if len(node.inputs) > 2 else None
+    if value is None or (mode is not None and mode.as_string() != "constant"):
+        return True
+    constant = ir_constant(value)
+    return constant is not None and not constant.any()
+
+
+def ir_constant(value: Any) -> Any:
+    """Return the array of a value that is known before the network runs, else ``None``."""
+    known = require("onnx_ir", "onnx").convenience.get_const_tensor(value)
+    return None if known is None else known.numpy()
 
 
 def repeat_quantization(graph: Any, node: Any) -> None:

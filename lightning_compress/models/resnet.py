@@ -24,7 +24,7 @@ def shortcut_a(features: torch.Tensor, channels: int, stride: int) -> torch.Tens
     tensor([0., 4., 4., 0.])
     """
     missing = channels - features.shape[1]
-    if missing == 0 and stride == 1:
+    if stride == 1 and missing == 0:
         return features
     before = missing // 2
     return F.pad(features[:, :, ::stride, ::stride], (0, 0, 0, 0, before, missing - before))
@@ -46,12 +46,15 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.stride = stride
+        self.widens = stride != 1 or inputs != outputs
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Map (batch, inputs, h, w) to (batch, outputs, h / stride, w / stride)."""
         residual = torch.relu(self.bn1(self.conv1(features)))
         residual = self.bn2(self.conv2(residual))
-        return torch.relu(residual + shortcut_a(features, residual.shape[1], self.stride))
+        if self.widens:  # known without looking at a tensor, so that the network can be traced
+            features = shortcut_a(features, residual.shape[1], self.stride)
+        return torch.relu(residual + features)
 
 
 class CifarResNet(nn.Module):
@@ -74,6 +77,7 @@ class CifarResNet(nn.Module):
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU()
         self.layer1 = self._stage(16, 16, blocks, stride=1)
         self.layer2 = self._stage(16, 32, blocks, stride=2)
         self.layer3 = self._stage(32, 64, blocks, stride=2)
@@ -89,7 +93,7 @@ class CifarResNet(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map images (batch, 3, h, w) to logits (batch, num_classes)."""
-        features = torch.relu(self.bn1(self.conv1(images)))
+        features = self.relu(self.bn1(self.conv1(images)))
         features = self.layer3(self.layer2(self.layer1(features)))
         return self.linear(features.mean(dim=(2, 3)))
 

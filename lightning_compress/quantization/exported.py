@@ -12,6 +12,7 @@ from torch import fx, nn
 from lightning_compress.core.isolation import map_tensors
 from lightning_compress.core.paths import clean_path, named_layers
 from lightning_compress.quantization.graph import (
+    PADDINGS,
     Graph,
     Operation,
     function_name,
@@ -19,6 +20,7 @@ from lightning_compress.quantization.graph import (
     kind_of_function,
     kind_of_item,
     kind_of_layer,
+    kind_of_padding,
 )
 
 Calls = tuple[tuple[str, int], ...]
@@ -137,6 +139,8 @@ def _calls(node: fx.Node) -> Calls:
 def _kind(name: str, node: fx.Node, inputs: tuple[Operation, ...]) -> str:
     if name == "getitem" and inputs:
         return kind_of_item(inputs[0], node.args[1])
+    if name in PADDINGS:
+        return kind_of_padding(name, node.args, node.kwargs)
     kind = kind_of_function(name)
     if kind in ("add", "mul") and not all(isinstance(argument, fx.Node) for argument in node.args[:2]):
         return "other"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -32,6 +32,8 @@ _FUNCTIONS = {
     "shape": "size shape dim _assert _assert_is_none eq floordiv getattr numel len sym_size _assert_tensor_metadata",
 }
 _KIND_OF = {name: kind for kind, names in _FUNCTIONS.items() for name in names.split()}
+PADDINGS = ("pad", "constant_pad_nd")
+"""Functions that add a border."""
 PIECES = ("chunk", "split", "unbind", "split_with_sizes")
 """Functions whose results are parts of their input, so that taking one of them keeps its values."""
 
@@ -136,6 +138,19 @@ def kind_of_item(source: Operation, index: object) -> str:
         return "shape"
     whole = isinstance(index, int) and source.label not in PIECES
     return "other" if whole or source.kind == "concat" else "same"
+
+
+def kind_of_padding(name: str, args: Sequence[object], kwargs: Mapping[str, object]) -> str:
+    """Return the kind of a padding: zeros and repeated values are on the grid of the input already, others may not be.
+
+    >>> kind_of_padding("pad", ("x", [1, 1], "constant", 0.0), {})
+    'same'
+    >>> kind_of_padding("pad", ("x", [1, 1]), {"value": 1.0})
+    'other'
+    """
+    names = ("input", "pad", "value") if name == "constant_pad_nd" else ("input", "pad", "mode", "value")
+    value = {**dict(zip(names, args, strict=False)), **kwargs}.get("value")
+    return "same" if value is None or (isinstance(value, int | float) and value == 0) else "other"
 
 
 def function_name(target: object) -> str:

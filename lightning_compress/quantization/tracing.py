@@ -15,6 +15,7 @@ from lightning_compress.core.copies import structure_copy
 from lightning_compress.core.paths import clean_path, original
 from lightning_compress.quantization.exported import trace_by_export
 from lightning_compress.quantization.graph import (
+    PADDINGS,
     Graph,
     Operation,
     function_name,
@@ -22,6 +23,7 @@ from lightning_compress.quantization.graph import (
     kind_of_function,
     kind_of_item,
     kind_of_layer,
+    kind_of_padding,
 )
 
 
@@ -209,6 +211,8 @@ def _kind_of_call(name: str, node: fx.Node, inputs: tuple[Operation, ...]) -> st
     """Return the kind of a function's call; arithmetic with a number or a parameter is no meeting of two values."""
     if name == "getitem" and inputs:
         return kind_of_item(inputs[0], node.args[1])
+    if name in PADDINGS:
+        return kind_of_padding(name, node.args, node.kwargs)
     if name == "getattr" and len(node.args) > 1 and node.args[1] != "shape":
         return "other"
     kind = kind_of_function(name)

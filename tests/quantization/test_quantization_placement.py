@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_compress import ConfigurationError
+from lightning_compress.models import resnet20
 from lightning_compress.quantization import Placement, place_quantizers, tracing
 from lightning_compress.quantization.graph import kind_of_layer
 
@@ -184,3 +185,29 @@ def test_layers_that_only_train_are_named() -> None:
             return self.fc(x) + self.auxiliary(x) if self.training else self.fc(x)
 
     assert place_quantizers(Training()).left == {"auxiliary": "the network does not call it in evaluation mode"}
+
+
+def test_the_networks_of_recipes_are_traced_as_a_whole() -> None:
+    placement = place_quantizers(resnet20())
+    assert placement.methods == {"": "fx"}
+    assert placement.left == {}
+    assert len(placement.folds) == 19
+    blocks = [f"layer{i}.{j}" for i in (1, 2, 3) for j in (0, 1, 2)]
+    inside = [(f"{block}{part}", side) for block in blocks for part, side in
+              ((".conv2", "input"), (".bn2", "output"), ("", "output"))]  # fmt: skip
+    assert places(placement) == [("conv1", "input"), ("relu", "output"), *inside, ("linear", "input")]
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0.0, []), (1.0, [("right", "input")])])
+def test_a_border_of_zeros_is_on_the_grid(value: float, expected: list[tuple[str, str]]) -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.act, self.right = nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.right(F.pad(self.act(self.left(x)), (1, 1), value=value))
+
+    for inputs in (None, torch.zeros(2, 1, 8, 8)):
+        found = places(place_quantizers(Padded(), example_inputs=inputs))
+        assert found == [("left", "input"), ("act", "output"), *expected, ("right", "output")]
