@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_compress.core.averaging import copy_again
 from lightning_compress.core.checks import check_times, check_trainer
 from lightning_compress.core.clock import (
     UpdateClock,
@@ -27,7 +28,7 @@ from lightning_compress.core.clock import (
 from lightning_compress.core.copies import full_copy
 from lightning_compress.core.errors import ConfigurationError, JournalMismatchError
 from lightning_compress.core.examples import own_example
-from lightning_compress.core.hooks import forget_undo, install_hooks, keep_undo
+from lightning_compress.core.hooks import forget_undo, install_hooks, journal_of, keep_undo
 from lightning_compress.core.method import Method, apply_all, overrides
 from lightning_compress.core.plan import PlanRow, render_plan
 from lightning_compress.core.run import Layers, Run
@@ -109,7 +110,13 @@ class CompressionCallback(Method, Callback):
         self._module_ref = weakref.ref(pl_module)
         self.compressed = None
         keep_undo(pl_module)
-        apply_all(pl_module, self.prepare(self.layers(pl_module)))
+        edits = list(self.prepare(self.layers(pl_module)))
+        resumes, untouched = trainer.ckpt_path is not None, not journal_of(pl_module)
+        if edits and resumes and untouched:
+            copy_again(trainer, pl_module, self)  # a checkpoint replays its own edits on such a copy
+        apply_all(pl_module, edits)
+        if edits and not resumes:
+            copy_again(trainer, pl_module, self)
 
     @final
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
