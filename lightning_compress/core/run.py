@@ -60,3 +60,10 @@ class Run:
             }
             known = self._owned[id(optimizer)] = (size, mine)
         return known[1]
+
+    def trained_by_none(self, optimizer: Optimizer) -> Layers:
+        """Return the selected layers that no optimizer trains, if this is the first one; else nothing."""
+        if not self.optimizers or optimizer is not self.optimizers[0]:
+            return {}
+        trained = {path for each in self.optimizers for path in self.trained_by(each)}
+        return {path: layer for path, layer in self.layers.items() if path not in trained}

@@ -27,8 +27,8 @@ from lightning_compress.low_rank.goals import Goal, resolve_goal
 from lightning_compress.low_rank.layers import Factorized
 from lightning_compress.low_rank.ranking import RankSearch
 from lightning_compress.low_rank.selection import factorized, find_layers, takes_norm
-from lightning_compress.low_rank.shapes import LAYERS, shape_of
-from lightning_compress.low_rank.tables import shape_text, sizes_of
+from lightning_compress.low_rank.shapes import LAYERS
+from lightning_compress.low_rank.tables import layer_text, shape_text, sizes_of
 
 WHEN = ("after", "before")
 ROOT = ""
@@ -225,7 +225,7 @@ class LowRank(CompressionCallback):
         action = (
             f"{self._methods[path]} after fit" if decision is None else f"stays: {decision.why or 'as it was saved'}"
         )
-        return PlanRow("select", path, shape_text(shape_of(layer)), action)
+        return PlanRow("select", path, layer_text(layer), action)
 
 
 def _times(ranks: tuple[int, ...]) -> str:

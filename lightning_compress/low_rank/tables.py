@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.low_rank.costs import cost, total
 from lightning_compress.low_rank.errors import Profile, error_profile
 from lightning_compress.low_rank.layers import Factorized, factor_shapes, norm_reason
@@ -151,9 +152,10 @@ def sizes_of(layer: nn.Module, decision: Decision | None = None, batch_norm: boo
     """
     if isinstance(layer, Factorized):
         return layer.shape.parameters, sum(parameter.numel() for parameter in layer.parameters())
+    if decision is None or not decision.ranks:  # it stays, and may be a layer of another method by now
+        count = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
+        return count, count
     shape = shape_of(layer)
-    if decision is None or not decision.ranks:
-        return shape.parameters, shape.parameters
     norm = batch_norm and not norm_reason(shape)
     return shape.parameters, cost(shape, decision.method, decision.ranks, batch_norm=norm).parameters
 
@@ -165,3 +167,16 @@ def shape_text(shape: LayerShape) -> str:
     '16x4x3x3'
     """
     return "x".join(map(str, (shape.outputs, shape.inputs // shape.groups, *shape.kernel)))
+
+
+def layer_text(layer: nn.Module) -> str:
+    """Return the shape of a layer for a plan, also where another method has made something else of it.
+
+    >>> layer_text(nn.Conv1d(4, 6, 3))
+    '6x4x3'
+    """
+    try:
+        return shape_text(shape_of(layer))
+    except ConfigurationError:
+        weight = dict(layer.named_parameters(recurse=False)).get("weight")
+        return type(layer).__name__ if weight is None else "x".join(map(str, weight.shape))

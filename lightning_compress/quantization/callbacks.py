@@ -26,7 +26,7 @@ from lightning_compress.quantization.layers import CLASSES, own_quantizers
 from lightning_compress.quantization.phases import make_phases
 from lightning_compress.quantization.preparation import plan_rows, prepare_edits
 from lightning_compress.quantization.quantizer import Quantizer, update_ranges
-from lightning_compress.quantization.states import begin, enforce_state, follow, mean_bits, refresh
+from lightning_compress.quantization.states import begin, enforce_state, estimate, follow, mean_bits
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _FREEZE: Mapping[str, Time] = {"ranges": "80%", "batch_norm": "80%"}
@@ -45,8 +45,9 @@ class QuantizationAwareTraining(CompressionCallback):
 
     The course: ranges of activations are observed from the first step on; at ``start`` quantization begins; at
     ``freeze`` ranges stop moving and batch norms use their running statistics. Ranges of weights follow the weights.
-    Learned ranges (LSQ, LSQ+, PACT) are parameters of the model's own optimizer and learn to the end. Weight decay
-    acts on them too, as PACT wants it; for LSQ give them a group without it. Ranges are the same on all processes.
+    Learned ranges (LSQ, LSQ+, PACT) are parameters of the model's own optimizer and learn to the end, by a tenth a step
+    at most: Adam would move small ones by more. Weight decay acts on them too, as PACT wants it; for LSQ give them a
+    group without it. Ranges are the same on all processes.
 
     It makes nothing smaller or faster by itself: the result is the float model that loses least when it becomes
     integers. With 8 bits post-training quantization often does as well, without training; below, train.
@@ -96,7 +97,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self.settings = make_settings(weights, activations, built, ends)
         self._choice = Choice()
         self._norms: tuple[str, ...] = ()
-        self._fresh = False
+        self._fresh = self._learned = False
 
     def choose(self, root: nn.Module) -> Selection:
         """Select the layers, find out what each gets, and which batch norms there are."""
@@ -134,16 +135,25 @@ class QuantizationAwareTraining(CompressionCallback):
         for quantizer in self._quantizers(layers):
             if not begun:
                 quantizer.observing = True
+        for path in self._choice.assigned:
+            estimate(layers[path])
         self._fresh = False
+        self._learned = any(quantizer.spec.learned for quantizer in self._quantizers(layers))
         self._freeze_norms(layers)
+
+    def before_step(self, layers: Layers, optimizer: Optimizer, scale: float) -> None:
+        """Note learned ranges, so that none moves too far."""
+        for quantizer in self._quantizers(layers) if self._learned else ():
+            quantizer.remember()
 
     def after_step(self, layers: Layers, optimizer: Optimizer) -> None:
         """Move ranges by what the step has seen, on all processes alike."""
-        everything = self._run.layers if self._run is not None else layers
+        mine = layers if self._run is None else {**layers, **self._run.trained_by_none(optimizer)}
         costly = self.updates % _COSTLY_EVERY == 0
-        update_ranges(self._quantizers(everything), costly)
+        update_ranges(self._quantizers(mine), costly)
         for path in self._choice.assigned:
-            follow(everything[path], costly)
+            if path in mine:
+                follow(mine[path], costly)
         self._fresh = True
 
     def enforce(self, layers: Layers) -> None:
@@ -151,7 +161,7 @@ class QuantizationAwareTraining(CompressionCallback):
         for quantizer in self._quantizers(layers):
             quantizer.keep_positive()
             if not self._fresh:
-                refresh(quantizer)
+                quantizer.refresh()
         self._fresh = False
         self._freeze_norms(layers)
 
@@ -175,7 +185,8 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def reset_values(self) -> None:
         """Forget what belongs to another model."""
-        self._choice, self._norms, self._fresh = Choice(), (), False
+        self._choice, self._norms = Choice(), ()
+        self._fresh = self._learned = False
 
     def _quantizers(self, layers: Layers) -> list[Quantizer]:
         return [q for path in self._choice.paths if path in layers for q in own_quantizers(layers[path])]

@@ -212,12 +212,12 @@ class _LearnedBound(torch.autograd.Function):
 class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
+        ctx.kinds = [(tuple(p.shape), p.dtype, p.device) for p in parameters]  # they may move before the backward pass
         return x.clone()  # not a view: blocks add to what they get in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0], *(torch.zeros_like(p) for p in ctx.saved_tensors)
+        return grads[0], *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.kinds)
 
 
 def zero_point_of(scale: Tensor, offset: Tensor, bounds: tuple[int, int]) -> Tensor:

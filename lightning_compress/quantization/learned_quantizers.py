@@ -22,9 +22,18 @@ from lightning_compress.quantization.observers import MagnitudeObserver
 from lightning_compress.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from lightning_compress.quantization.weight_ranges import rows_of
 
+MOST = 0.1
+"""By how much, as a share, one step of an optimizer may move a scale or a bound.
+
+SGD hardly ever asks for more. Adam moves every parameter by about its learning rate, however small that parameter is:
+one step could make a scale of 0.004 zero, and all that it quantizes with it.
+"""
+
 
 class LearnedWeight(WeightQuantizer):
     r"""LSQ for a weight: ``scale`` is a parameter, from :math:`2\,\mathrm{mean}|w| / \sqrt{q_{max}}` on."""
+
+    _before: Tensor | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight quantized, if enabled."""
@@ -41,15 +50,24 @@ class LearnedWeight(WeightQuantizer):
     def take_range(self, weight: Tensor) -> None:
         """Set the first step size from the weight, unless there is one."""
         if not self.ready:
-            mean = rows_of(weight, self.axis).abs().mean(1)
-            scale = (2 * mean / math.sqrt(self.bounds[1])).clamp_min(SMALLEST_SCALE)
-            self.scale.copy_(scale if self.axis is not None else scale[0])
+            self.estimate(weight)
             self.ready = True
 
     @torch.no_grad()
+    def estimate(self, weight: Tensor) -> None:
+        """Set the step size from the weight, so that an average of it begins where it will."""
+        mean = rows_of(weight, self.axis).abs().mean(1)
+        scale = (2 * mean / math.sqrt(self.bounds[1])).clamp_min(SMALLEST_SCALE)
+        self.scale.copy_(scale if self.axis is not None else scale[0])
+
+    def remember(self) -> None:
+        """Note the scale before a step of the optimizer."""
+        self._before = self.scale.detach().clone()
+
+    @torch.no_grad()
     def keep_positive(self) -> None:
-        """Move a scale that an optimizer has driven below zero back above it."""
-        self.scale.clamp_(min=SMALLEST_SCALE)
+        """Let a step of the optimizer move the scale by a tenth at most, and never below zero."""
+        self._before = keep_near(self.scale, self._before)
 
     def _make_scale(self, initial: Tensor) -> None:
         self.scale = nn.Parameter(initial)
@@ -91,6 +109,8 @@ class LearnedActivation(ActivationQuantizer):
     Inputs that were never negative get the unsigned grid of the paper; others a zero point in proportion.
     """
 
+    _before: Tensor | None = None
+
     def forward(self, x: Tensor) -> Tensor:
         """Note ``x`` while waiting for the start; return it quantized after."""
         if not x.is_floating_point():
@@ -127,10 +147,28 @@ class LearnedActivation(ActivationQuantizer):
         scale = torch.minimum(2 * magnitude / reach.sqrt(), covering)
         return scale.clamp_min(SMALLEST_SCALE), zero_point
 
+    def remember(self) -> None:
+        """Note the learned size before a step of the optimizer."""
+        self._before = self.learned_size().detach().clone()
+
     @torch.no_grad()
     def keep_positive(self) -> None:
-        """Move a scale that an optimizer has driven below zero back above it."""
-        self.scale.clamp_(min=SMALLEST_SCALE)
+        """Let a step of the optimizer move the learned size by a tenth at most, and never below zero."""
+        self._before = keep_near(self.learned_size(), self._before)
+
+    def learned_size(self) -> Tensor:
+        """Return the parameter that is a size: the step."""
+        return self.scale
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Set the zero point, which is fixed once quantization has begun, from the range that was observed before."""
+        if self.ready and self.observer.ready:
+            self.zero_point.copy_(self.zero_point_in(self.observer.low, self.observer.high))
+
+    def zero_point_in(self, low: Tensor, high: Tensor) -> Tensor:
+        """Return the zero point for a range."""
+        return self.zero_point if self.spec.symmetric else affine_parameters(low, high, self.bounds)[1]
 
     def _make_scale(self, initial: Tensor) -> None:
         self.scale = nn.Parameter(initial)
@@ -196,15 +234,31 @@ class LearnedBoundActivation(LearnedActivation):
 
     def start(self, low: Tensor, high: Tensor, magnitude: Tensor) -> None:
         """Set the bound to the greatest magnitude that was observed."""
-        middle = (self.bounds[0] + self.bounds[1] + 1) // 2
-        negative = low < -1e-6 * high.abs()
-        self.zero_point.copy_(torch.where(negative, middle, 0) if not self.spec.symmetric else self.zero_point)
+        self.zero_point.copy_(self.zero_point_in(low, high))
         self.bound.copy_(torch.maximum(-low, high).clamp_min(SMALLEST_SCALE))
 
-    @torch.no_grad()
-    def keep_positive(self) -> None:
-        """Keep the bound above zero."""
-        self.bound.clamp_(min=SMALLEST_SCALE)
+    def zero_point_in(self, low: Tensor, high: Tensor) -> Tensor:
+        """Return the zero point for a range: 0, or the middle if there were negative values."""
+        middle = (self.bounds[0] + self.bounds[1] + 1) // 2
+        negative = low < -1e-6 * high.abs()
+        return self.zero_point if self.spec.symmetric else torch.where(negative, middle, 0).to(torch.int32)
+
+    def learned_size(self) -> Tensor:
+        """Return the parameter that is a size: the bound."""
+        return self.bound
 
     def _make_scale(self, initial: Tensor) -> None:
         self.bound = nn.Parameter(initial)
+
+
+def keep_near(parameter: Tensor, before: Tensor | None) -> None:
+    """Move a positive parameter back to within :data:`MOST` of what it was before, if that is known; in place.
+
+    >>> scale = torch.tensor(-0.006)
+    >>> keep_near(scale, torch.tensor(0.004))
+    >>> round(scale.item(), 4)
+    0.0036
+    """
+    if before is not None:
+        parameter.clamp_(before * (1 - MOST), before * (1 + MOST))
+    parameter.clamp_(min=SMALLEST_SCALE)

@@ -89,8 +89,14 @@ class Quantizer(nn.Module):
             self.zero_point.copy_(torch.as_tensor(zero_point))
         self.ready, self.observing = True, False
 
+    def remember(self) -> None:
+        """Note learned values before a step of the optimizer; there are none here."""
+
     def keep_positive(self) -> None:
         """Move learned values that left their range back into it; there are none here."""
+
+    def refresh(self) -> None:
+        """Make scale and zero point fit the range again, should all have been averaged with others; nothing to do."""
 
     def get_extra_state(self) -> Tensor:
         """Return the flags, for the ``state_dict``."""
@@ -156,6 +162,11 @@ class ActivationQuantizer(Quantizer):
             self.scale.copy_(scale)
             self.zero_point.copy_(zero_point)
         self.ready = True
+
+    def refresh(self) -> None:
+        """Take the range again, unless that takes long: such ranges move at steps of their own."""
+        if self.ready and self.observer.ready and not self.observer.costly:
+            self.take_range()
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take the flags of a ``state_dict``."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_compress.core.paths import clean_path
 from lightning_compress.quantization.affine import affine_parameters, symmetric_scale
 from lightning_compress.quantization.layers import own_quantizers, weight_names, weight_of, weight_quantizers_of
+from lightning_compress.quantization.learned_quantizers import LearnedActivation, LearnedWeight
 from lightning_compress.quantization.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
 
 
@@ -30,6 +31,14 @@ def begin(layer: nn.Module, frozen: bool) -> None:
             part.observing = False
 
 
+def estimate(layer: nn.Module) -> None:
+    """Let learned ranges of weights that wait for quantization to begin stand where they will begin, once."""
+    for name, quantizer in weight_quantizers_of(layer).items():
+        untouched = isinstance(quantizer, LearnedWeight) and not quantizer.ready
+        if untouched and bool((quantizer.scale == 1).all()):
+            quantizer.estimate(weight_of(layer, name))
+
+
 @torch.no_grad()
 def follow(layer: nn.Module, costly: bool) -> None:
     """Let fixed ranges of weights follow the weights: after each step, or where that takes long from time to time."""
@@ -37,14 +46,6 @@ def follow(layer: nn.Module, costly: bool) -> None:
         moves = quantizer.active and quantizer.observing and not quantizer.follows and not quantizer.spec.learned
         if moves and (costly or quantizer.spec.range not in ("percentile", "mse")):
             quantizer.take_range(weight_of(layer, name))
-
-
-def refresh(quantizer: Quantizer) -> None:
-    """Set an activation's scale and zero point from its range again, should both have been averaged with others."""
-    if not isinstance(quantizer, ActivationQuantizer) or not quantizer.ready or not quantizer.observer.ready:
-        return
-    if not quantizer.observer.costly:  # those move at steps of their own
-        quantizer.take_range()
 
 
 def enforce_state(state_dict: dict[str, Any], layers: Mapping[str, nn.Module]) -> None:
@@ -64,10 +65,9 @@ def enforce_state(state_dict: dict[str, Any], layers: Mapping[str, nn.Module]) -
             flags = keys.get(f"{prefix}._extra_state")
             if flags is not None:
                 state_dict[flags] = part.get_extra_state()
-            if type(part) is ActivationQuantizer and part.ready and not part.observer.costly:
+            if isinstance(part, ActivationQuantizer) and part.ready and not part.observer.costly:
                 named = {name: keys.get(f"{prefix}.{name}") for name in _RANGE}
-                if all(named.values()):
-                    _consistent(part, {name: state_dict[key] for name, key in named.items() if key is not None})
+                _consistent(part, {name: state_dict[key] for name, key in named.items() if key is not None})
 
 
 _RANGE = ("scale", "zero_point", "observer.low", "observer.high")
@@ -76,7 +76,9 @@ _RANGE = ("scale", "zero_point", "observer.low", "observer.high")
 @torch.no_grad()
 def _consistent(part: ActivationQuantizer, tensors: Mapping[str, Tensor]) -> None:
     low, high = tensors["observer.low"], tensors["observer.high"]
-    if part.spec.symmetric:
+    if isinstance(part, LearnedActivation):
+        tensors["zero_point"].copy_(part.zero_point_in(low, high))
+    elif part.spec.symmetric:
         tensors["scale"].copy_(symmetric_scale(torch.maximum(-low, high), part.bounds))
     else:
         scale, zero_point = affine_parameters(low, high, part.bounds)
