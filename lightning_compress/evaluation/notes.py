@@ -18,6 +18,7 @@ _NAMES = {
     "gzip_bytes": "gzip size",
     "latency": "latency",
 }
+_MOST_LEFT = 5
 
 
 def explain(
@@ -159,6 +160,30 @@ def missed_target(callback: CompressionCallback) -> str:
         return ""
     reached, final = callback.history[-1].get("amount", 0.0), callback.schedule.final
     return f"Training ended before the target of {callback.state_key}: it reached {reached:.4g} of {final:.4g}."
+
+
+def explain_export(export: Mapping[str, Any]) -> list[str]:
+    """Return the notes on an exported file: its check, what stays float in it, and whether it is faster.
+
+    Args:
+        export: The entry ``export`` of a report.
+
+    >>> explain_export({"file": "a.onnx", "difference": None, "left": {}, "speedup_rate": None, "latency_ms": {}})
+    ['a.onnx was not run, so nobody knows whether it computes the same.']
+    """
+    file, difference, rate = export["file"], export["difference"], export["speedup_rate"]
+    notes = [f"{file} was not run, so nobody knows whether it computes the same."]
+    if difference is not None:
+        notes = [f"{file} was run on one batch: what it computes differs by {difference:.2g} of the outputs' size."]
+    left = [f"{path or 'the model'} ({why})" for path, why in export["left"].items()]
+    if left:
+        more = f"; and {len(left) - _MOST_LEFT} more" if len(left) > _MOST_LEFT else ""
+        notes.append(f"Not an integer, or not as asked, in {file}: {'; '.join(left[:_MOST_LEFT])}{more}.")
+    if rate is not None:
+        backend = export["latency_ms"]["compressed"]["backend"]
+        word = f"{rate:.2f}x faster" if rate >= 1 else f"{1 / rate:.2f}x slower"
+        notes.append(f"In {backend} it is {word} than the baseline written for the same runtime.")
+    return notes
 
 
 def _selected_sparsity(report: Mapping[str, Any]) -> float | None:

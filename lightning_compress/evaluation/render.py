@@ -54,6 +54,7 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         ("file on disk, bytes", _whole(before["dense_bytes"]), _whole(size), _factor(before["dense_bytes"], size))
     )
     rows.append(_latency_row(before["latency_ms"], after["latency_ms"]))
+    rows += _export_rows(report.get("export"))
     if report["prediction_flip_rate"] is not None:
         rows.append(("predictions that changed", "–", f"{report['prediction_flip_rate']:.2%}", "–"))
     return rows
@@ -198,6 +199,15 @@ def _latency_row(before: Mapping[str, Any] | None, after: Mapping[str, Any] | No
         )
     one, two = (None if part is None else part["median"] for part in (before, after))
     return (label, _spread(before), _spread(after), _factor(one, two))
+
+
+def _export_rows(export: Mapping[str, Any] | None) -> list[tuple[str, str, str, str]]:
+    if export is None:
+        return []
+    before, after = export["baseline_bytes"], export["bytes"]
+    times = export["latency_ms"]
+    rows = [(f"{export['target']} file, bytes", _whole(before), _whole(after), _factor(before, after))]
+    return [*rows, _latency_row(times["baseline"], times["compressed"])] if times["compressed"] else rows
 
 
 def _spread(times: Mapping[str, Any] | None) -> str:

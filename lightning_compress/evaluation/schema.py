@@ -96,6 +96,21 @@ _REPORT: dict[str, _Check] = {
 }
 
 
+_EXPORT: dict[str, _Check] = {
+    "target": _is_text,
+    "file": _is_text,
+    "bytes": _is_int,
+    "baseline_bytes": _or_none(_is_int),
+    "opset": _or_none(_is_int),
+    "dynamic_batch": lambda value: isinstance(value, bool),
+    "difference": _or_none(_is_number),
+    "left": _is_mapping,
+    "latency_ms": _is_mapping,
+    "speedup_rate": _or_none(_is_number),
+}
+"""Of the entry ``export``, which only reports of runs with an export have."""
+
+
 def validate_report(report: Any) -> None:
     """Check that a report has exactly the keys of schema 1, each with a value of its type or ``None`` where allowed.
 
@@ -110,7 +125,8 @@ def validate_report(report: Any) -> None:
     ...
     lightning_compress.core.errors.ConfigurationError: `report`: the key 'recipe' is missing.
     """
-    _check("", report, _REPORT)
+    exported = isinstance(report, Mapping) and "export" in report
+    _check("", report, _REPORT | ({"export": _is_mapping} if exported else {}))
     _check("baseline.", report["baseline"], _MODEL)
     artifact = {"artifact_bytes": _or_none(_is_int), "encoded_bits": _or_none(_is_mapping)}
     _check("compressed.", report["compressed"], _MODEL | artifact)
@@ -119,6 +135,12 @@ def validate_report(report: Any) -> None:
             _check(f"{who}.latency_ms.", report[who]["latency_ms"], _LATENCY)
     if report["compressed"]["encoded_bits"] is not None:
         _check("compressed.encoded_bits.", report["compressed"]["encoded_bits"], _BITS)
+    if exported:
+        _check("export.", report["export"], _EXPORT)
+        times = report["export"]["latency_ms"]
+        _check("export.latency_ms.", times, dict.fromkeys(("baseline", "compressed"), _or_none(_is_mapping)))
+        for who in (who for who in times if times[who] is not None):
+            _check(f"export.latency_ms.{who}.", times[who], _LATENCY)
     for index, layer in enumerate(report["layers"]):
         _check(f"layers[{index}].", layer, _LAYER)
     for index, edit in enumerate(report["edits"]):

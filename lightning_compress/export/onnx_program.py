@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_compress.core.copies import tensors_in
 from lightning_compress.core.isolation import batch_size_of
 from lightning_compress.export.extras import require
 from lightning_compress.export.onnx_graph import finish
 from lightning_compress.export.preparation import Prepared, outputs_of
 from lightning_compress.export.result import Exported, ExportError
+from lightning_compress.export.runtimes import open_onnx
 from lightning_compress.export.verification import require_same
 
 OPSET = 20
@@ -73,17 +73,9 @@ HELP = (
 """What to do about a network that cannot be traced."""
 
 
-def run_onnx(path: Path, prepared: Prepared, threads: int = 1) -> list[Any]:
+def run_onnx(path: Path, prepared: Prepared) -> list[Any]:
     """Return what onnxruntime computes for the example inputs."""
-    runtime: Any = require("onnxruntime", "onnx")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = threads
-    options.log_severity_level = 3
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    values = list(tensors_in(prepared.inputs))
-    wanted = [item.name for item in session.get_inputs()]
-    result: list[Any] = session.run(None, {name: value.numpy() for name, value in zip(wanted, values, strict=True)})
-    return result
+    return open_onnx(path)(*prepared.inputs)
 
 
 def _any_batch(model: Any) -> bool:

@@ -13,6 +13,7 @@ from lightning_compress.export.extras import require
 from lightning_compress.export.onnx_program import HELP, reason_of, shapes_of, write_onnx
 from lightning_compress.export.preparation import Prepared, outputs_of
 from lightning_compress.export.result import Exported, ExportError
+from lightning_compress.export.runtimes import open_openvino
 from lightning_compress.export.verification import require_same
 from lightning_compress.quantization.operators import decomposed_operators
 
@@ -36,14 +37,9 @@ def write_openvino(prepared: Prepared, path: Path, *, dynamic_batch: bool, verif
     return Exported(path, "openvino", 0, way.opset, way.dynamic_batch, difference, way.left)
 
 
-def run_openvino(path: Path, prepared: Prepared, threads: int = 1) -> list[Any]:
+def run_openvino(path: Path, prepared: Prepared) -> list[Any]:
     """Return what OpenVINO computes for the example inputs, in float32 where it is not integers."""
-    openvino = require("openvino", "openvino")
-    options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(str(path), "CPU", options)
-    values = [value.numpy() for value in tensors_in(prepared.inputs)]
-    result = compiled(dict(enumerate(values)))
-    return [result[output] for output in compiled.outputs]
+    return open_openvino(path)(*prepared.inputs)
 
 
 def write_torch(prepared: Prepared, path: Path, *, dynamic_batch: bool, verify: bool, int4: bool) -> Exported:

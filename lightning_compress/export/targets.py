@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lightning_compress.core.errors import ConfigurationError, did_you_mean
+from lightning_compress.export.extras import require
 from lightning_compress.export.onnx_program import write_onnx
 from lightning_compress.export.preparation import Prepared, prepare
 from lightning_compress.export.programs import write_executorch, write_openvino, write_torch, write_torchao
@@ -22,6 +23,12 @@ _WRITERS: dict[str, tuple[str, Callable[..., Exported]]] = {
     "torch": (".pt2", write_torch),
     "torchao": (".pt2", write_torchao),
     "executorch": (".pte", write_executorch),
+}
+_NEEDS: dict[str, tuple[str, ...]] = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino", "onnx", "onnxscript"),
+    "torchao": ("torchao",),
+    "executorch": ("executorch",),
 }
 TARGETS = tuple(_WRITERS)
 """What :func:`export` can write."""
@@ -73,8 +80,7 @@ def export(
         ConfigurationError: For an unknown target, a missing package, no example inputs, or a path that is no file's.
         ExportError: If the model cannot be traced, or the runtime computes something else.
     """
-    if target not in _WRITERS:
-        raise ConfigurationError(f"`target` is {target!r}; {did_you_mean(str(target), TARGETS, len(TARGETS))}")
+    check_target(target)
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(path, str | Path):
@@ -88,6 +94,24 @@ def export(
     prepared = prepare(model, example_inputs)
     final.parent.mkdir(parents=True, exist_ok=True)
     return _write_aside(writer, prepared, final, dynamic_batch=dynamic_batch, verify=verify, int4=int4)
+
+
+def check_target(target: str, needs: bool = False) -> None:
+    """Refuse a target that :func:`export` does not know.
+
+    Args:
+        target: Its name.
+        needs: Whether the packages that it needs must be there.
+
+    Raises:
+        ConfigurationError: Names the nearest target, or the extra to install.
+
+    >>> check_target("onnx")
+    """
+    if target not in _WRITERS:
+        raise ConfigurationError(f"`target` is {target!r}; {did_you_mean(str(target), TARGETS, len(TARGETS))}")
+    for module in _NEEDS.get(target, ()) if needs else ():
+        require(module, target)
 
 
 def _write_aside(writer: Callable[..., Exported], prepared: Prepared, final: Path, **options: bool) -> Exported:

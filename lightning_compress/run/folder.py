@@ -37,8 +37,9 @@ class RunFolder:
 
     def start(self, settings: Mapping[str, Any]) -> None:
         """Begin anew: remove what an earlier run left here and write the resolved configuration."""
-        for name in (STATE, ARTIFACT, *REPORTS):
-            (self.path / name).unlink(missing_ok=True)
+        written = self.path.glob(f"{Path(ARTIFACT).stem}.*")  # an exported file has the same name
+        for path in (*(self.path / name for name in (STATE, *REPORTS)), *written):
+            path.unlink(missing_ok=True)
         shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
         self.write(CONFIG, lambda aside: OmegaConf.save(OmegaConf.create(dict(settings)), aside))
 

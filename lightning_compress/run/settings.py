@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_compress.core.errors import ConfigurationError, did_you_mean
+from lightning_compress.run.exporting import read_export
 from lightning_compress.run.targets import check_node, check_targets
 
 BASELINE_NAMES = ("baseline", "train")
@@ -68,6 +69,7 @@ class Settings:
         baseline_after: The stage whose end is the baseline; ``None`` when there is no stage.
         checkpoint: ``every_n_epochs`` and ``every_n_steps``.
         report: ``latency``, ``batch_size`` and ``threads`` of what is measured at the end.
+        export: What :func:`~lightning_compress.run.exporting.read_export` made of ``export``.
         raw: All of it, as it is written to the run's folder.
     """
 
@@ -83,6 +85,7 @@ class Settings:
     baseline_after: str | None
     checkpoint: Mapping[str, Any]
     report: Mapping[str, Any]
+    export: Mapping[str, Any] | None
     raw: Mapping[str, Any]
 
 
@@ -101,6 +104,7 @@ def read_settings(config: DictConfig) -> Settings:
     content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     raw: dict[str, Any] = {str(key): value for key, value in dict(content).items()}  # type: ignore[arg-type]
     known = {field.name for field in fields(Settings)} - {"raw"}
+    raw.setdefault("export", None)  # runs of earlier releases did not have it
     _check_keys("", raw, known | {"variables"}, required=known)
     seed = raw["seed"]
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
@@ -129,7 +133,8 @@ def read_settings(config: DictConfig) -> Settings:
                 "`baseline_after` names train `model.module` first"
             )
     return Settings(
-        **{key: raw[key] for key in known - {"stages", "baseline_after"}},
+        **{key: raw[key] for key in known - {"stages", "baseline_after", "export"}},
+        export=read_export(raw["export"]),
         stages=stages,
         baseline_after=baseline_after,
         raw=raw,

@@ -13,10 +13,12 @@ from omegaconf import DictConfig
 from torch import nn
 
 from lightning_compress.core.checkpoint import ArtifactInfo, inspect_compressed, save_compressed
-from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.errors import CompressionError, ConfigurationError
+from lightning_compress.evaluation.notes import explain_export
 from lightning_compress.evaluation.render import print_report, write_report
 from lightning_compress.evaluation.report import build_report
 from lightning_compress.run.build import build
+from lightning_compress.run.exporting import export_model
 from lightning_compress.run.folder import ARTIFACT, RunFolder
 from lightning_compress.run.quiet import quiet
 from lightning_compress.run.settings import Settings, read_settings
@@ -47,7 +49,7 @@ class CompressTask:
         log.info("measuring")
         provenance = {"recipe": settings.recipe, "seed": settings.seed}
         artifact = save_compressed(outcome.module, folder.path / ARTIFACT, provenance)
-        _publish(_measure(settings, data, baseline, outcome.module, artifact, outcome.history), folder)
+        _publish(settings, data, folder, baseline, outcome.module, artifact, outcome.history)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class EvaluateTask:
         module, data = build_module(settings), build_data(settings)
         load_weights(module, str(path))
         artifact = inspect_compressed(path) if is_artifact(Path(path)) else None
-        _publish(_measure(settings, data, None, module, artifact), folder)
+        _publish(settings, data, folder, None, module, artifact)
 
 
 @dataclass(frozen=True)
@@ -138,18 +140,21 @@ def _task(settings: Settings) -> Task:
     return task
 
 
-def _measure(
+def _publish(
     settings: Settings,
     data: Any,
+    folder: RunFolder,
     baseline: nn.Module | None,
     module: Any,
     artifact: ArtifactInfo | None,
     history: Sequence[dict[str, Any]] = (),
-) -> dict[str, Any]:
-    return build_report(
+) -> None:
+    """Measure, export if wanted, and write the report; what cannot be exported is an error after that."""
+    inputs = take(example_inputs(module, data), settings.report["batch_size"])
+    report = build_report(
         baseline,
         module,
-        example_inputs=take(example_inputs(module, data), settings.report["batch_size"]),
+        example_inputs=inputs,
         datamodule=data,
         artifact=artifact,
         history=history,
@@ -158,11 +163,35 @@ def _measure(
         latency=settings.report["latency"],
         threads=settings.report["threads"],
     )
-
-
-def _publish(report: Mapping[str, Any], folder: RunFolder) -> None:
+    exported, failure = _export(settings, folder, baseline, module, inputs, report)
     write_report(report, folder.path)
     print_report(report)
     print(f"report: {folder.path / 'report.html'}")
     if (folder.path / ARTIFACT).is_file():
         print(f"compressed file: {folder.path / ARTIFACT}")
+    if exported is not None:
+        print(f"exported file: {exported}")
+    if failure is not None:
+        raise failure
+
+
+def _export(
+    settings: Settings,
+    folder: RunFolder,
+    baseline: nn.Module | None,
+    module: nn.Module,
+    inputs: Any,
+    report: dict[str, Any],
+) -> tuple[Path | None, CompressionError | None]:
+    """Write what ``export`` asks for into the report too; return the file, or why there is none."""
+    if settings.export is None:
+        return None, None
+    log.info("exporting")
+    threads = settings.report["threads"] if settings.report["latency"] else None
+    try:
+        report["export"], path = export_model(settings.export, folder.path, baseline, module, inputs, threads)
+    except CompressionError as error:
+        report["notes"].append(f"Nothing was exported: {error}.")
+        return None, type(error)(f"`export`: {error}")
+    report["notes"] += explain_export(report["export"])
+    return path, None
