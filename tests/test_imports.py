@@ -20,6 +20,7 @@ MAY_USE["export"] |= {"quantization"}  # integer layers are what runtimes want
 
 LIGHTNING_FILES = {
     "core/at_target.py",
+    "core/averaging.py",
     "core/callback.py",
     "core/checks.py",
     "core/clock.py",

@@ -67,7 +67,8 @@ class LearnedWeight(WeightQuantizer):
     @torch.no_grad()
     def keep_positive(self) -> None:
         """Let a step of the optimizer move the scale by a tenth at most, and never below zero."""
-        self._before = keep_near(self.scale, self._before)
+        keep_near(self.scale, self._before)
+        self._before = None
 
     def _make_scale(self, initial: Tensor) -> None:
         self.scale = nn.Parameter(initial)
@@ -154,7 +155,8 @@ class LearnedActivation(ActivationQuantizer):
     @torch.no_grad()
     def keep_positive(self) -> None:
         """Let a step of the optimizer move the learned size by a tenth at most, and never below zero."""
-        self._before = keep_near(self.learned_size(), self._before)
+        keep_near(self.learned_size(), self._before)
+        self._before = None
 
     def learned_size(self) -> Tensor:
         """Return the parameter that is a size: the step."""

@@ -41,7 +41,7 @@ def recur(layer: nn.RNNBase, x: Any, hx: Any, weights: list[Tensor]) -> Any:
         hx: First hidden state, or ``None`` for zeros.
         weights: In the order of :func:`recurrent_names`.
 
-    >>> layer, x = nn.LSTM(2, 3, num_layers=2, proj_size=1), torch.randn(4, 2)
+    >>> layer, x = nn.LSTM(2, 3, num_layers=2), torch.randn(4, 2)
     >>> weights = [getattr(layer, name) for name in recurrent_names(layer)]
     >>> torch.equal(recur(layer, x, None, weights)[0], layer(x)[0])
     True

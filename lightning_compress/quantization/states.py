@@ -34,8 +34,7 @@ def begin(layer: nn.Module, frozen: bool) -> None:
 def estimate(layer: nn.Module) -> None:
     """Let learned ranges of weights that wait for quantization to begin stand where they will begin, once."""
     for name, quantizer in weight_quantizers_of(layer).items():
-        untouched = isinstance(quantizer, LearnedWeight) and not quantizer.ready
-        if untouched and bool((quantizer.scale == 1).all()):
+        if isinstance(quantizer, LearnedWeight) and not quantizer.ready and bool((quantizer.scale == 1).all()):
             quantizer.estimate(weight_of(layer, name))
 
 
