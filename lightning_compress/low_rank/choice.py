@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from lightning_compress.core.allocation import Line, least_cost, least_error
 from lightning_compress.core.errors import ConfigurationError
-from lightning_compress.low_rank.allocation import Line, fastest, least_cost, least_error
+from lightning_compress.low_rank.allocation import fastest
 from lightning_compress.low_rank.costs import cost
 from lightning_compress.low_rank.decompose import best_method, spectra
 from lightning_compress.low_rank.evbmf import evbmf

@@ -9,14 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_compress.low_rank.allocation import (
-    Line,
-    equal_share,
-    fastest,
-    least_cost,
-    least_error,
-    total,
-)
+from lightning_compress.core.allocation import Line, least_cost, least_error, total
+from lightning_compress.low_rank.allocation import equal_share, fastest
 
 
 def line(rng: np.random.Generator, size: int, convex: bool = False) -> Line:
