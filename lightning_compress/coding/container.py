@@ -29,7 +29,7 @@ FORMAT = "lightning-compress"
 VERSION = 2
 """Highest that can be read. A file has the lowest that holds its packings: 1 for the simple ones, 2 for codes."""
 
-MAX_HEADER_BYTES = 64 * 2**20
+MAX_HEADER_BYTES = 16 * 2**20
 """A header beyond this is refused unread; a thousand tensors take about 0.3 MiB."""
 
 _NO_DIGEST = "0" * 64

@@ -140,7 +140,11 @@ def read_rows(reader: Reader, n: int, rows: int, width: int) -> Rows:
     """
     require(rows >= 2 and n >= 2 * rows, f"{n} numbers in {rows} rows")
     size = reader.number(MAX_VALUES, "the size of the codebooks")
-    sizes = np.full(rows, size, np.uint8) if size else reader.data(rows, "u1", "codebooks")
-    require(int(sizes.min()) > 0 and int(sizes.max()) <= MAX_VALUES, "codebooks that are empty or too large")
-    codebooks = reader.data(int(sizes.sum(dtype=np.int64)), f"u{width}", "codebooks")
+    if size:
+        codebooks = reader.data(rows * size, f"u{width}", "codebooks")
+        sizes = np.full(rows, size, np.uint8)  # no more of them than codebooks, which the file was found to hold
+    else:
+        sizes = reader.data(rows, "u1", "codebooks")
+        require(int(sizes.min()) > 0 and int(sizes.max()) <= MAX_VALUES, "codebooks that are empty or too large")
+        codebooks = reader.data(int(sizes.sum(dtype=np.int64)), f"u{width}", "codebooks")
     return Rows(sizes, codebooks, read_stream(reader, n, MAX_VALUES, "values"))

@@ -1,8 +1,13 @@
-"""A whole ``state_dict`` in packed form: tensors that share memory are stored once."""
+"""A whole ``state_dict`` in packed form: tensors that share memory are stored once.
+
+A few bytes can stand for any number of equal values, so a file says nothing of the memory that it takes; what it may
+take is known from the model it is for, or from its own length (:func:`most_bytes`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 from torch import Tensor
 
@@ -12,6 +17,15 @@ from lightning_compress.core.errors import ArtifactError, ConfigurationError, di
 
 ALIAS = "alias"
 """Packing of a tensor that another key holds; its config is ``{"of": key}`` and it has no parts."""
+
+EXPANSION = 256
+"""How many times longer than the file its tensors may be, whatever the model; beyond, the model must be as large."""
+
+SPARE_BYTES = 64 * 2**20
+"""What any file may take in memory."""
+
+_WIDER = 4
+"""How many times the bytes of the model: the file decides on types, and edits may add a few tensors."""
 
 
 def pack_state(state: Mapping[str, Tensor], coding: str = "auto") -> dict[str, Packed]:
@@ -52,12 +66,31 @@ def pack_state(state: Mapping[str, Tensor], coding: str = "auto") -> dict[str, P
     return packed
 
 
-def unpack_state(packed: Mapping[str, Packed]) -> dict[str, Tensor]:
+def most_bytes(file_bytes: int, model_bytes: int = 0) -> int:
+    """Return how many bytes the tensors of a file may take in memory.
+
+    Args:
+        file_bytes: Its length, or that of the parts in it.
+        model_bytes: Of the tensors of the bare model that it is for.
+
+    >>> most_bytes(10_000) == most_bytes(10_000, 17_000_000), most_bytes(0, 10**9)
+    (False, 4067108864)
+    """
+    return max(EXPANSION * file_bytes, _WIDER * model_bytes) + SPARE_BYTES
+
+
+def unpack_state(packed: Mapping[str, Packed], most: int | None = None) -> dict[str, Tensor]:
     """Undo :func:`pack_state`; an alias gives the very tensor it stands for.
 
+    Args:
+        packed: By key.
+        most: How many bytes all tensors together may take; by default what :func:`most_bytes` says of their parts.
+
     Raises:
-        ArtifactError: If an entry cannot be unpacked; names the key.
+        ArtifactError: If they would take more, before anything is unpacked; or if an entry cannot be unpacked, with
+            its key.
     """
+    check_expansion(packed, most)
     state: dict[str, Tensor] = {}
     for key, entry in packed.items():
         if entry.packing == ALIAS:
@@ -67,6 +100,21 @@ def unpack_state(packed: Mapping[str, Packed]) -> dict[str, Tensor]:
         except ArtifactError as error:
             raise ArtifactError(f"the tensor {key!r}: {error}") from error
     return {key: state[source(packed, key)] for key in packed}
+
+
+def check_expansion(packed: Mapping[str, Packed], most: int | None = None) -> None:
+    """Refuse tensors that would take more memory than they may; arguments and errors as of :func:`unpack_state`."""
+    if most is None:
+        parts = [part for entry in packed.values() for part in entry.parts.values()]
+        most = most_bytes(sum(part.numel() * part.element_size() for part in parts))
+    declared = {k: prod(e.shape) * e.dtype.itemsize for k, e in packed.items() if e.packing != ALIAS}
+    total = sum(declared.values())
+    if total > most:
+        largest = max(declared, key=declared.__getitem__)
+        raise ArtifactError(
+            f"its tensors would take {total} bytes of memory, where {most} are allowed for such a file and model (the "
+            f"largest is {largest!r}, {declared[largest]} bytes); the file is damaged, or not what it claims to be"
+        )
 
 
 def source(packed: Mapping[str, Packed], key: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import lightning_compress
 from lightning_compress.coding.container import Container, read_container, write_container
 from lightning_compress.coding.packing import Packed, bits_by_role
-from lightning_compress.coding.state import pack_state, source, unpack_state
+from lightning_compress.coding.state import check_expansion, most_bytes, pack_state, source, unpack_state
 from lightning_compress.core.copies import structure_copy
 from lightning_compress.core.errors import ArtifactError, ConfigurationError, did_you_mean
 from lightning_compress.core.hooks import JOURNAL_KEY, install_hooks, journal_of
@@ -118,10 +118,11 @@ def load_compressed(model: ModuleT, path: str | Path) -> ModuleT:
     container = read_container(path)
     missing = _journal(container).missing_from(journal_of(model))
     _check_memory(model)
+    allowed = _check_expansion(model, container)
     structure = _edited_copy(model, missing) if missing else model
     _check_tensors(structure, container)
     try:
-        state = unpack_state(container.tensors)
+        state = unpack_state(container.tensors, allowed)
     except ArtifactError as error:
         raise ArtifactError(f"{str(path)!r}: {error}") from error
     _check_ties(structure, state, container.path)
@@ -226,6 +227,17 @@ def _check_arguments(model: object, path: object) -> None:
         raise ConfigurationError(f"`model` must be a torch.nn.Module, got {given[:200]}")
     if not isinstance(path, str | Path):
         raise ConfigurationError(f"`path` must be the name of a file, got {path!r}")
+
+
+def _check_expansion(model: nn.Module, container: Container) -> int:
+    """Return how many bytes the file's tensors may take; refuse one that declares more, before its edits are tried."""
+    own = {id(t): t for t in _tensors(model).values() if isinstance(t, Tensor)}.values()
+    allowed = most_bytes(container.file_bytes, sum(t.numel() * t.element_size() for t in own))
+    try:
+        check_expansion(container.tensors, allowed)
+    except ArtifactError as error:
+        raise ArtifactError(f"{str(container.path)!r}: {error}") from error
+    return allowed
 
 
 def _check_memory(model: nn.Module) -> None:
