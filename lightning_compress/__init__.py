@@ -50,7 +50,7 @@ from lightning_compress.quantization.binary.callbacks import Binarization, Terna
 from lightning_compress.quantization.callbacks import QuantizationAwareTraining
 from lightning_compress.quantization.conversion import IntegerConversion
 from lightning_compress.quantization.fixed_point.callbacks import FixedPointTraining
-from lightning_compress.quantization.post_training import PostTrainingQuantization, PostTrainingSteps
+from lightning_compress.quantization.post_training import MixedPrecision, PostTrainingQuantization, PostTrainingSteps
 from lightning_compress.quantization.sharing import SharingRule, WeightSharing
 from lightning_compress.quantization.soft_sharing import SoftWeightSharing
 
@@ -80,6 +80,7 @@ __all__ = [
     "JournalMismatchError",
     "LotteryTicket",
     "LowRank",
+    "MixedPrecision",
     "ModelCheckpointAtTarget",
     "NeuronMerging",
     "OptimalBrainCompression",

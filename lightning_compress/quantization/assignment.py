@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from lightning_compress.core.errors import ConfigurationError, SelectionError
 from lightning_compress.core.select import Select
-from lightning_compress.quantization.affine import integer_bounds
+from lightning_compress.quantization.affine import BITS, integer_bounds
 from lightning_compress.quantization.build import build_quantizer
-from lightning_compress.quantization.spec import ACTIVATION, WEIGHT, QuantizerSpec, as_spec
+from lightning_compress.quantization.spec import ACTIVATION, FIXED, WEIGHT, QuantizerSpec, as_spec
 
 SpecLike = QuantizerSpec | Mapping[str, Any] | int | None
 """What a user may write for a quantizer: bits, some arguments of a spec, a spec, or ``None`` for float."""
@@ -68,11 +68,13 @@ class Assignment:
         weights: Of its weights; ``None`` for float.
         activations: Of what it computes from; ``None`` for float.
         rule: The name of the rule that decided, ``"ends"``, or ``"select"``.
+        least: Fewest bits that a search may give its weights; ``None`` if a rule has given them.
     """
 
     weights: QuantizerSpec | None
     activations: QuantizerSpec | None
     rule: str = "select"
+    least: int | None = BITS[0]
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ class Settings:
                 general = Assignment(self.weights, self.activations)
                 given = general if rule is None else _changed(general, rule, name)
                 for spec, role in ((given.weights, "weight"), (given.activations, "input")):
+                    if spec is not None and spec.range == FIXED:
+                        raise ConfigurationError("`range` 'fixed' is what calibration leaves behind; write 'mse'")
                     if spec is not None:
                         build_quantizer(spec, role, 0, 1)
             except ConfigurationError as error:
@@ -164,7 +168,7 @@ def _changed(given: Assignment, rule: QuantizationRule, name: str) -> Assignment
         weights = as_spec(rule.weights, weights or WEIGHT, "weights")  # type: ignore[arg-type]
     if rule.activations != SAME:
         activations = as_spec(rule.activations, activations or ACTIVATION, "activations")  # type: ignore[arg-type]
-    return Assignment(weights, activations, name)
+    return Assignment(weights, activations, name, given.least if rule.weights == SAME else None)
 
 
 def _at_least(given: Assignment, bits: int) -> Assignment:
@@ -172,4 +176,4 @@ def _at_least(given: Assignment, bits: int) -> Assignment:
         spec and (spec if spec.bits >= bits else spec.with_bits(bits)) for spec in (given.weights, given.activations)
     ]
     changed = (given.weights, given.activations) != tuple(specs)
-    return Assignment(specs[0], specs[1], "ends") if changed else given
+    return Assignment(specs[0], specs[1], "ends", bits) if changed else replace(given, least=bits)

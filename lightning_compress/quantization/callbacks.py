@@ -26,6 +26,7 @@ from lightning_compress.quantization.layers import CLASSES, own_quantizers
 from lightning_compress.quantization.phases import make_phases
 from lightning_compress.quantization.preparation import plan_rows, prepare_edits
 from lightning_compress.quantization.quantizer import Quantizer, update_ranges
+from lightning_compress.quantization.spec import FIXED
 from lightning_compress.quantization.states import begin, enforce_state, estimate, follow, mean_bits
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -134,7 +135,7 @@ class QuantizationAwareTraining(CompressionCallback):
         begun = self.phases.begun(self._amount)
         for quantizer in self._quantizers(layers):
             if not begun:
-                quantizer.observing = True
+                quantizer.observing = quantizer.spec.range != FIXED
         for path in self._choice.assigned:
             estimate(layers[path])
         self._fresh = False

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from lightning_compress.quantization.histogram import BINS, histogram, percentile_range, rebin, squared_error_range
-from lightning_compress.quantization.spec import QuantizerSpec
+from lightning_compress.quantization.spec import FIXED, QuantizerSpec
 
 
 class Observer(nn.Module):
@@ -208,6 +208,7 @@ _OBSERVERS: dict[str, Callable[[QuantizerSpec], Observer]] = {
     "moving_average": MovingAverage,
     "percentile": Percentile,
     "mse": LeastSquaredError,
+    FIXED: Observer,
 }
 
 

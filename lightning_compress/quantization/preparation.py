@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -19,7 +20,7 @@ from lightning_compress.quantization.layers import (
 )
 from lightning_compress.quantization.quantizer import ActivationQuantizer, WeightQuantizer
 from lightning_compress.quantization.sites import Sites
-from lightning_compress.quantization.spec import QuantizerSpec
+from lightning_compress.quantization.spec import FIXED, QuantizerSpec
 
 
 def prepare_edits(
@@ -103,6 +104,8 @@ def _check_same(path: str, layer: nn.Module, given: Assignment) -> None:
         if not weight and quantizer is dict(layer.named_children()).get("output_quantizer"):
             continue  # in the bits of whoever takes it
         wanted = given.weights if weight else given.activations
+        if wanted is not None and quantizer.spec.range == FIXED:  # calibrated: the range stays
+            wanted = replace(wanted, range=FIXED)
         if quantizer.spec != wanted:
             role = "weights" if weight else "activations"
             raise ConfigurationError(

@@ -15,7 +15,10 @@ OBSERVED = ("minmax", "moving_average", "percentile", "mse")
 LEARNED = ("lsq", "lsq+", "pact", "dorefa")
 """Ranges that are parameters, or belong to a transformation of the weights (DoReFa)."""
 
-RANGES = OBSERVED + LEARNED
+FIXED = "fixed"
+"""The range of an activation after calibration: it stands in the buffers, and nothing is observed any more."""
+
+RANGES = (*OBSERVED, *LEARNED, FIXED)
 """All values of :attr:`QuantizerSpec.range`."""
 
 
@@ -35,7 +38,7 @@ class QuantizerSpec:
         range: Where the range comes from. ``"minmax"``: all that was seen; ``"moving_average"``: extremes of each step,
             averaged with ``momentum``; ``"percentile"``: without the tails beyond ``percentile``; ``"mse"``: least
             squared error; learned by gradient descent: ``"lsq"``, ``"lsq+"``, ``"pact"``; ``"dorefa"``: weights
-            through a tanh. For a weight, observed ranges follow the weight itself.
+            through a tanh. ``"fixed"``: as calibration left it. For a weight, observed ranges follow the weight itself.
         narrow: Leave out the most negative integer of a signed grid. Folding a negative batch-norm scale is exact only
             then; without it a 2-bit weight has four values instead of three.
         momentum: Share of the newest step in a moving average, above 0 to 1.

@@ -424,6 +424,7 @@ ROWS = (
         for name, net, layers, arguments in (
             ("int8", "Mixed", _QUANTIZED_MIXED, {}),
             ("tensor", "Mixed", _QUANTIZED_MIXED, {"weights": {"bits": 4, "per_channel": False}}),
+            ("goal", "Mixed", _QUANTIZED_MIXED, {"weights": {"drop": 100.0, "bits": [3, 8]}}),
             (
                 "sequences",
                 "Sequences",

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
 from networks import Audio, Branching, Small, Words, randomize
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import (
     ConfigurationError,
@@ -26,7 +28,8 @@ from lightning_compress import (
     save_compressed,
 )
 from lightning_compress.data import DigitsDataModule
-from lightning_compress.quantization import QuantizedLayer, convert, quantizers_of
+from lightning_compress.quantization import ActivationQuantizer, QuantizedLayer, Quantizer, convert, quantizers_of
+from lightning_compress.quantization.affine import affine_parameters
 
 PLAIN = {"rounding": "nearest", "correct_bias": False, "equalize": False}
 NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
@@ -231,3 +234,55 @@ def test_refuses_what_is_quantized_already_and_an_empty_selection() -> None:
         quantize(net, x, select=Select(types="Conv3d"))
     assert QuantizationAwareTraining.supported == PostTrainingQuantization.supported
     assert PostTrainingSteps() == PostTrainingQuantization(x).steps
+
+
+def test_nothing_that_observes_outlives_calibration(tmp_path) -> None:
+    net, x = Small(), torch.randn(16, 1, 16, 16)
+    quantized = quantize(net, x, weights=4)
+    parts = [part for part in quantizers_of(quantized) if isinstance(part, ActivationQuantizer)]
+    assert len(parts) > 5
+    assert {part.spec.range for part in parts} == {"fixed"}
+    assert max(buffer.numel() for part in parts for buffer in part.buffers()) == 1
+    for part in parts:  # the range that was found is the range that is kept
+        low, high = part.observer.range()
+        scale, zero_point = affine_parameters(low, high, part.bounds)
+        assert torch.equal(part.scale, scale)
+        assert torch.equal(part.zero_point, zero_point)
+    with_x = [quantized(x * factor) for factor in (1.0, 5.0)]  # neither moves it
+    assert torch.equal(quantized(x), with_x[0])
+    size = save_compressed(convert(quantized), tmp_path / "net.safetensors").bytes
+    assert size < 40_000  # one histogram takes 32,768 bytes
+
+
+class Task(LightningModule):
+    """Trains a network to be positive."""
+
+    def __init__(self, net: nn.Module, x: Tensor) -> None:
+        super().__init__()
+        self.net, self.x = net, x
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return F.softplus(-self.net(batch[0])).mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(TensorDataset(self.x), batch_size=16)
+
+
+def test_calibrated_ranges_stay_where_they_are_in_training() -> None:
+    net, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(64, 6)
+    quantized = quantize(net, x)
+    scales = {path: part.scale.clone() for path, part in quantized.named_modules() if isinstance(part, Quantizer)}
+    callback = QuantizationAwareTraining({"range": "mse"}, {"range": "mse"}, start=0)
+    task = Task(quantized, x)
+    Trainer(
+        max_epochs=2, callbacks=[callback], accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    ).fit(task)  # fmt: skip
+    moved = {path for path, scale in scales.items() if not torch.equal(scale, quantized.get_submodule(path).scale)}
+    assert moved
+    assert all(path.endswith("weight_quantizer") for path in moved)
+    with pytest.raises(ConfigurationError, match="'fixed' is what calibration leaves behind"):
+        QuantizationAwareTraining(activations={"range": "fixed"})

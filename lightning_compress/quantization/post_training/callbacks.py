@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_compress.core.calibration import calibration_batches, check_batches, require_batches
@@ -14,7 +15,7 @@ from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.examples import own_example
 from lightning_compress.core.journal import Edit
-from lightning_compress.core.plan import PlanRow
+from lightning_compress.core.plan import PlanRow, render_plan
 from lightning_compress.core.rules import build_rules
 from lightning_compress.core.run import Layers
 from lightning_compress.core.schedule import Schedule
@@ -22,7 +23,9 @@ from lightning_compress.core.select import Select, Selection
 from lightning_compress.quantization.assignment import QuantizationRule, SpecLike, make_settings
 from lightning_compress.quantization.choice import Choice, choose_quantized
 from lightning_compress.quantization.layers import CLASSES, QuantizedLayer
+from lightning_compress.quantization.post_training.mixed import MixedPrecision, split_goal
 from lightning_compress.quantization.post_training.procedure import quantize_trained
+from lightning_compress.quantization.post_training.search import divide_bits, with_bits
 from lightning_compress.quantization.post_training.steps import PostTrainingSteps, as_steps
 from lightning_compress.quantization.preparation import plan_rows
 from lightning_compress.quantization.spec import ACTIVATION, LEARNED, WEIGHT
@@ -47,11 +50,16 @@ class PostTrainingQuantization(CompressionCallback):
 
     Runs on: CPU and CUDA, ``ddp``. A batch is called as ``model(batch)``, ``model(batch[0])`` or ``model(**batch)``.
 
+    With a goal in place of bits (:class:`MixedPrecision`) the bits of the weights are divided over the layers by what
+    each layer loses, so that the file is as small, or the accuracy as high, as asked; ``bits_by_layer`` and the plan
+    then say what each of them got.
+
     Args:
         batches: Calibration data: a tensor, a list of batches, a loader, or a data module (its training data). With
             DDP those of the first process count.
         weights: Bits from 2 to 8, a mapping of what differs from 8 bits, symmetric, per channel, in the range with the
-            least squared error, or ``None`` for float.
+            least squared error, a goal that divides bits over the layers, such as ``MixedPrecision(size=0.15)`` or
+            ``{size: 0.15}``, or ``None`` for float.
         activations: The same; by default 8 bits, affine, one scale, in the range with the least squared error.
         select: Which layers; by default all that quantization-aware training quantizes.
         rules: Named exceptions for single layers (mixed precision); the last that matches wins.
@@ -60,7 +68,8 @@ class PostTrainingQuantization(CompressionCallback):
         name: Tells two of these callbacks apart.
 
     Raises:
-        ConfigurationError: For a value outside its range, a learned range, or a model that is quantized already.
+        ConfigurationError: For a value outside its range, a learned range, a model that is quantized already, or a
+            goal that a trained model cannot reach.
         SelectionError: If no layer is selected, or a rule matches none.
 
     >>> from lightning_compress import compress
@@ -75,7 +84,7 @@ class PostTrainingQuantization(CompressionCallback):
     def __init__(
         self,
         batches: Any = None,
-        weights: SpecLike = 8,
+        weights: SpecLike | MixedPrecision = 8,
         activations: SpecLike = 8,
         select: Select | None = None,
         rules: Mapping[str, QuantizationRule] | None = None,
@@ -87,7 +96,8 @@ class PostTrainingQuantization(CompressionCallback):
         self.batches, self.steps = batches, as_steps(steps)
         check_batches(batches, self.steps.samples)
         defaults = replace(WEIGHT, range="mse"), replace(ACTIVATION, range="mse")
-        self.settings = make_settings(weights, activations, build_rules(rules, QuantizationRule), ends, defaults)
+        general, self.goal = split_goal(weights, defaults[0])
+        self.settings = make_settings(general, activations, build_rules(rules, QuantizationRule), ends, defaults)
         self._choice = Choice()
 
     def choose(self, root: nn.Module) -> Selection:
@@ -115,7 +125,9 @@ class PostTrainingQuantization(CompressionCallback):
     def plan(self, layers: Layers) -> list[PlanRow]:
         """Return a row for each layer, and one for each other module whose result is quantized."""
         rows = plan_rows(layers, self._choice.assigned, self._choice.sites)
-        return [replace(row, action=f"{row.action}; after fit, on a copy") for row in rows]
+        searched = {path for path, given in self._choice.assigned.items() if given.least is not None and self.goal}
+        bits = dict.fromkeys(searched, f", or fewer bits: {self.goal}")
+        return [replace(row, action=f"{row.action}{bits.get(row.layer, '')}; after fit, on a copy") for row in rows]
 
     def update(self, layers: Layers, amount: float) -> None:
         """Quantize, unless a Trainer is training the model now."""
@@ -137,6 +149,12 @@ class PostTrainingQuantization(CompressionCallback):
         """What stays float, is rounded to nearest or keeps its bias, by path, and why; complete after quantization."""
         return dict(self._left)
 
+    @property
+    def bits_by_layer(self) -> Mapping[str, int]:
+        """Bits of the weights of each quantized layer, by path; with a goal, known after quantization."""
+        found = {path: given.weights for path, given in self._choice.assigned.items()}
+        return {path: spec.bits for path, spec in found.items() if spec is not None}
+
     def reset_values(self) -> None:
         """Forget the layers of another model."""
         self._choice = Choice()
@@ -144,7 +162,30 @@ class PostTrainingQuantization(CompressionCallback):
     def _quantize(self, layers: Layers) -> None:
         root = layers[ROOT]
         batches = list(calibration_batches(self.batches, self.steps.samples))
+        many = self.in_fit and torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.goal is not None:
+            self._divide(root, self.goal, batches, many)
         self._left |= quantize_trained(root, self._choice, self.steps, batches)
-        if self.in_fit and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if self.goal is not None:
+            rows = plan_rows(layers, self._choice.assigned, self._choice.sites)
+            self.plan_text = render_plan(f"{self.state_key}: {self.goal}", rows)
+            rank_zero_info(self.plan_text)
+        if many:
             for tensor in (*root.parameters(), *root.buffers()):  # processes may have read different batches
                 torch.distributed.broadcast(tensor.data, 0)
+
+    def _divide(self, root: nn.Module, goal: MixedPrecision, batches: Sequence[Any], many: bool) -> None:
+        """Give each layer its bits; the first process decides."""
+        division = divide_bits(root, self._choice, goal, self.steps, batches)
+        if not division.reached:
+            said = (
+                f"`weights` has the goal of {goal}, and the trained model comes to {division.measured:.6g} where "
+                f"{division.allowed:.6g} is allowed; loosen it, allow other `bits`, or lower `ends`"
+            )
+            if not self.in_fit:
+                raise ConfigurationError(said)
+            rank_zero_warn(f"{said}. The model is quantized with the bits that come nearest")
+        bits = torch.tensor(list(division.bits.values()), device=next(root.parameters()).device)
+        if many:
+            torch.distributed.broadcast(bits, 0)
+        self._choice = with_bits(self._choice, dict(zip(division.bits, bits.tolist(), strict=True)))

@@ -6,7 +6,7 @@ For one output row the squared error is the quadratic :math:`\frac{1}{2}\,\delta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from lightning_compress.core.hessians import damp
 
 _BLOCK = 128
 """Columns whose errors reach the columns behind them in one product."""
+_WORTH = 1e-3
+"""Share of the error of a row that another sweep should save."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,71 @@ def gptq_round(rows: Tensor, hessian: Tensor, grid: Grid, damping: float = 0.01)
     rounded, nearest = rounded[:, order.argsort()] + 0.0, grid.nearest(rows).to(hessian.dtype)  # + 0.0: no -0.0
     worse = _row_errors(rounded - rows, hessian) > _row_errors(nearest - rows, hessian)
     return torch.where(worse[:, None], nearest, rounded)
+
+
+def fitted_scale(rows: Tensor, integers: Tensor, hessian: Tensor) -> Tensor:
+    r"""Return the scale of each row with which given integers change the outputs least.
+
+    .. math:: s = \frac{q H w^\top}{q H q^\top}
+
+    Args:
+        rows: (rows, d), w.
+        integers: (rows, d), q, less the zero point.
+        hessian: (d, d).
+
+    Returns:
+        (rows, 1) in the type of ``hessian``; 0 for rows of which no positive scale is the best.
+
+    >>> fitted_scale(torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 1.0]]), torch.eye(2)).tolist()
+    [[1.5]]
+    """
+    q = integers.to(hessian.dtype)
+    seen = q @ hessian
+    up, down = (seen * rows).sum(1, keepdim=True), (seen * q).sum(1, keepdim=True)
+    return torch.where(down > 0, up / down.clamp_min(torch.finfo(down.dtype).tiny), 0.0).clamp_min(0.0)
+
+
+def gptq_fit(rows: Tensor, hessian: Tensor, grid: Grid, damping: float = 0.01, sweeps: int = 3) -> tuple[Tensor, Grid]:
+    """Round as :func:`gptq_round`, fit the scales to the integers, round again on the new grid, and so on.
+
+    With few bits a range that suits the weights is not the one that suits the outputs. No row gets worse: what is kept
+    is the best that was seen of each.
+
+    Args:
+        rows: (rows, d).
+        hessian: (d, d), not damped.
+        grid: With a scale for each row; a single one stays as it is.
+        damping: Share of the Hessian's mean diagonal that is added to it, above 0.
+        sweeps: How often, at least 0.
+
+    Returns:
+        (rows, d) in the type of ``hessian``, and the grid that they are on.
+
+    >>> hessian = torch.tensor([[2.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
+    >>> grid = Grid(torch.tensor([[0.8]]), torch.zeros(1, 1), (-1, 1))
+    >>> rounded, fitted = gptq_fit(torch.tensor([[1.0, 1.0]]), hessian, grid)
+    >>> rounded.tolist(), round(fitted.scale.item(), 3)
+    ([[1.0, 1.0]], 1.0)
+    """
+    best = gptq_round(rows, hessian, grid, damping)
+    if len(grid.scale) != len(rows):
+        return best, grid
+    errors = _row_errors(best - rows, hessian)
+    for _ in range(sweeps):
+        integers = grid.integers(best)
+        scale = fitted_scale(rows, integers, hessian).to(grid.scale.dtype)
+        fitted = replace(grid, scale=torch.where(scale > 0, scale, grid.scale))
+        moved = False
+        for found in (integers * fitted.scale, gptq_round(rows, hessian, fitted, damping)):
+            found_errors = _row_errors(found - rows, hessian)
+            better = found_errors < errors
+            moved |= bool((found_errors < (1 - _WORTH) * errors).any())
+            best = torch.where(better[:, None], found.to(best.dtype), best)
+            grid = replace(grid, scale=torch.where(better[:, None], fitted.scale, grid.scale))
+            errors = torch.where(better, found_errors, errors)
+        if not moved:
+            break
+    return best, grid
 
 
 def _row_errors(change: Tensor, hessian: Tensor) -> Tensor:
