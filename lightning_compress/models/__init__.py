@@ -3,6 +3,7 @@
 from lightning_compress.models.classifier import ImageClassifier
 from lightning_compress.models.digits import DigitsCNN
 from lightning_compress.models.lenet import LeNet5, LeNet300100
+from lightning_compress.models.perceptron import Perceptron
 from lightning_compress.models.resnet import CifarResNet, resnet20, resnet32, resnet44, resnet56
 from lightning_compress.models.staged import StagedCNN
 from lightning_compress.models.zoo import torchvision_model
@@ -13,6 +14,7 @@ __all__ = [
     "ImageClassifier",
     "LeNet5",
     "LeNet300100",
+    "Perceptron",
     "StagedCNN",
     "resnet20",
     "resnet32",

@@ -14,7 +14,7 @@ from lightning_compress.models import ImageClassifier
 CONF = Path(__file__).resolve().parents[2] / "conf"
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 DATA = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
-INPUTS = {"digits_cnn": (1, 8, 8), "lenet300": (1, 28, 28), "lenet5": (1, 28, 28), "staged_cnn": (1, 28, 28)}
+INPUTS = {"digits_cnn": (1, 8, 8)} | dict.fromkeys(("lenet300", "lenet5", "perceptron", "staged_cnn"), (1, 28, 28))
 
 
 def compose(*overrides: str) -> DictConfig:
@@ -26,6 +26,7 @@ def compose(*overrides: str) -> DictConfig:
 def test_no_config_is_forgotten():
     assert set(MODELS) == {"digits_cnn", "lenet300", "lenet5", "resnet20", "resnet56", "torchvision", "custom"} | {
         "resnet20_cifar10",
+        "perceptron",
         "staged_cnn",
     }
     shifted = {"digits_shifted", "mnist_shifted", "cifar10_few"}

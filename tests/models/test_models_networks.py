@@ -20,6 +20,7 @@ SHARED = Path(os.environ.get("LIGHTNING_COMPRESS_DATA", Path(__file__).resolve()
         (models.DigitsCNN, (1, 8, 8), 151_306),
         (models.LeNet300100, (1, 28, 28), 266_610),
         (models.LeNet5, (1, 28, 28), 431_080),
+        (models.Perceptron, (1, 28, 28), 2_919_434),
         (models.StagedCNN, (1, 28, 28), 82_266),
         (models.resnet20, (3, 32, 32), 269_722),
         (models.resnet32, (3, 32, 32), 464_154),
@@ -32,6 +33,15 @@ def test_published_sizes_and_output_shapes(build, shape, parameters):
     assert sum(parameter.numel() for parameter in net.parameters()) == parameters
     assert net(torch.zeros(2, *shape)).shape == (2, 10)
     assert build(num_classes=4).eval()(torch.zeros(1, *shape)).shape == (1, 4)
+
+
+def test_perceptron_has_as_many_layers_as_asked_and_refuses_none():
+    net = models.Perceptron(4, [3, 2], relu=False, num_classes=5)
+    assert [type(layer).__name__ for layer in net.layers] == ["Linear", "BatchNorm1d"] * 2
+    assert net.head(torch.zeros(1, 2)).shape == (1, 5)
+    for sizes in ([], [3, 0]):
+        with pytest.raises(ConfigurationError, match="`hidden`"):
+            models.Perceptron(hidden=sizes)
 
 
 def test_lenet5_forward_by_hand():
