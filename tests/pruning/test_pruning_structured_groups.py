@@ -84,6 +84,30 @@ def test_what_the_tracer_gets_wrong_is_found_by_the_trial_and_kept() -> None:
     assert [group.name for group in found.groups] == ["fc"]
 
 
+class Unread(nn.Module):
+    """The last sum of a residual stream is computed, but not read, so that a trace of the outputs lacks it (WaveNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Linear(4, 8), nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.skips, self.head = nn.ModuleList(nn.Linear(8, 6) for _ in range(2)), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, out = self.stem(x), torch.zeros(())
+        for block, skip in zip(self.blocks, self.skips, strict=True):
+            hidden = torch.tanh(block(x))
+            out, x = out + skip(hidden), x + hidden
+        return self.head(torch.relu(out))
+
+
+def test_channels_that_meet_where_nobody_reads_are_kept_or_cut_alike() -> None:
+    found = coupled_groups(Unread(), torch.zeros(2, 4))
+    assert [group.name for group in found.groups] == ["skips.0"]
+    assert all("does not run without some" in found.left[path] for path in ("stem", "blocks.0", "blocks.1"))
+    cut = compress(Unread(), StructuredPruning(0.5), example_inputs=torch.zeros(2, 4))
+    assert cut(torch.zeros(3, 4)).shape == (3, 2)
+
+
 class Awkward(nn.Module):
     """A parameter of its own, a LayerNorm, a split by constants, and a layer that is never called."""
 

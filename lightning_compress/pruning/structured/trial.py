@@ -75,11 +75,15 @@ class _Trial:
         self._trains = not isinstance(self._outputs(full_copy(self._start).train()), str)
 
     def run(self, groups: Sequence[ChannelGroup]) -> str:
-        """Return what goes wrong when about half the channels of each group are cut, or an empty text."""
+        """Return what goes wrong when a third to two thirds of the channels of each group are cut, or an empty text.
+
+        Groups of one width lose different numbers: they may meet where the tracer does not look, in a sum nobody reads.
+        """
         cuts = {}
         for index, group in enumerate(groups):
             order = torch.randperm(group.channels, generator=torch.Generator().manual_seed(index))
-            cuts[group.name] = sorted(order[: group.channels // 2].tolist())
+            least, most = max(1, group.channels // 3), max(1, 2 * group.channels // 3)
+            cuts[group.name] = sorted(order[: least + index % (most - least + 1)].tolist())
         copied = full_copy(self._start)
         zero_channels(groups, cuts, parameter_in({"": copied, **named_layers(copied)}))
         masked = self._outputs(copied)
