@@ -129,8 +129,9 @@ def load_compressed(model: ModuleT, path: str | Path) -> ModuleT:
     for edit in missing:
         apply(model, edit)
     _cast(model, state)
-    own = model.state_dict()
-    model.load_state_dict({key: own[key] if key.endswith(JOURNAL_KEY) else state[clean_path(key)] for key in own})
+    own = model.state_dict()  # with the versions of its modules, which some of them ask for
+    own.update({key: state[clean_path(key)] for key in own if not key.endswith(JOURNAL_KEY)})
+    model.load_state_dict(own)
     return model
 
 

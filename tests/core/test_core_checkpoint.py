@@ -293,6 +293,23 @@ def test_tensors_as_extra_state_travel(tmp_path: Path):
     assert load_compressed(Counter(), tmp_path / "file").calls == 7
 
 
+class Versioned(nn.Linear):
+    """Asks for the version it was saved with, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: dict[str, Any], *more: Any) -> None:
+        if metadata.get("version") != 2:
+            raise ValueError(f"version {metadata.get('version')}")
+        super()._load_from_state_dict(state, prefix, metadata, *more)
+
+
+def test_modules_that_ask_for_their_version_get_it(tmp_path: Path):
+    net = nn.Sequential(Versioned(2, 2))
+    save_compressed(net, tmp_path / "m")
+    assert torch.equal(load_compressed(nn.Sequential(Versioned(2, 2)), tmp_path / "m")[0].weight, net[0].weight)
+
+
 def test_models_without_memory(tmp_path: Path):
     save_compressed(net(), tmp_path / "file")
     with pytest.raises(ConfigurationError, match=r"has no memory for '0\.weight'"):
