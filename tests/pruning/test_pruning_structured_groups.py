@@ -85,7 +85,7 @@ def test_what_the_tracer_gets_wrong_is_found_by_the_trial_and_kept() -> None:
 
 
 class Unread(nn.Module):
-    """The last sum of a residual stream is computed, but not read, so that a trace of the outputs lacks it (WaveNet)."""
+    """The last sum of a residual stream is not read, so that a trace of the outputs lacks it (as in WaveNet)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -78,6 +78,24 @@ class ChannelGroup:
     def producers(self) -> tuple[str, ...]:
         """Paths of the layers whose outputs these channels are."""
         return tuple(dict.fromkeys(touch.path for touch in self.touches if touch.produces))
+
+
+def halves_joined(group: ChannelGroup) -> ChannelGroup | None:
+    """Return the group with each channel of its first half joined to that of the second, or ``None``.
+
+    Gates multiply one half of a layer's outputs with the other, so that whoever reads them has half as many inputs.
+
+    >>> made = Touch("a", (("weight", 0),), (0, 1, 2, 3), (0, 1, 2, 3), 4, (), True)
+    >>> read = Touch("b", (("weight", 1),), (0, 1), (2, 3), 2)
+    >>> [touch.channels for touch in halves_joined(ChannelGroup("a", 4, (made, read))).touches]
+    [(0, 1, 0, 1), (0, 1)]
+    """
+    half = group.channels // 2
+    reads_half = any(len(set(touch.channels)) == half for touch in group.touches if not touch.produces)
+    if group.rebuilt is not None or group.channels % 2 or half < 2 or not reads_half:
+        return None
+    joined = (replace(touch, channels=tuple(channel % half for channel in touch.channels)) for touch in group.touches)
+    return replace(group, channels=half, touches=tuple(joined))
 
 
 @dataclass(frozen=True)

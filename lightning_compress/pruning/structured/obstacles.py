@@ -19,9 +19,11 @@ class Obstacles:
     Args:
         model: The model, which is only looked at.
         ignored: Paths of layers whose outputs must stay, with the reason.
+        seams: Whether the trace ended where channels are shuffled or reshaped.
     """
 
-    def __init__(self, model: nn.Module, ignored: Mapping[str, str]) -> None:
+    def __init__(self, model: nn.Module, ignored: Mapping[str, str], seams: bool = False) -> None:
+        self._end = "its outputs are the model's outputs" + (", or shuffled or reshaped across channels" * seams)
         self._model = model
         self._ignored = ignored
         self._trains = any(parameter.requires_grad for parameter in model.parameters())
@@ -38,7 +40,7 @@ class Obstacles:
                 return f"it is coupled to {path!r}: {self._ignored[path]}"
         takers = [touch for touch in group.touches if not touch.produces and not self._passes_on(touch.path)]
         if not takers:
-            return "its outputs are the model's outputs"
+            return self._end
         for touch in group.touches:
             layer = get_layer(self._model, touch.path)
             for name, dim in touch.tensors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_compress.pruning.structured.heads import ATTENTION
@@ -60,6 +60,8 @@ def roles_of(layer: nn.Module, output: bool) -> list[Role] | str:
     """
     if parametrize.is_parametrized(layer):
         return "its tensors are parametrized"
+    if isinstance(weight := getattr(layer, "weight", None), Tensor) and not isinstance(weight, nn.Parameter):
+        return "its weight is computed by a hook (weight_norm, spectral_norm)"
     if isinstance(layer, nn.Linear):
         own = _present(layer, ("weight", "bias")) if output else (("weight", 1),)
         name, size = ("out_features", layer.out_features) if output else ("in_features", layer.in_features)

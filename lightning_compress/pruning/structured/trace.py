@@ -15,11 +15,12 @@ from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.isolation import call, same_randomness
 from lightning_compress.core.paths import clean_path, get_layer, named_layers
 from lightning_compress.pruning.structured.build import GroupBuilder
-from lightning_compress.pruning.structured.groups import ChannelGroup, Coupling
+from lightning_compress.pruning.structured.groups import ChannelGroup, Coupling, halves_joined
 from lightning_compress.pruning.structured.heads import ATTENTION, head_groups
 from lightning_compress.pruning.structured.obstacles import Obstacles
 from lightning_compress.pruning.structured.phantoms import Phantoms, phantom_layers
 from lightning_compress.pruning.structured.roles import CUTTABLE, SELECTABLE
+from lightning_compress.pruning.structured.seams import Seams
 from lightning_compress.pruning.structured.stand_ins import put_stand_ins
 from lightning_compress.pruning.structured.trial import try_cuts
 
@@ -48,10 +49,10 @@ def coupled_groups(model: nn.Module, example_inputs: object, ignored: Mapping[st
     ([('0', 4, 3)], {'3': "its outputs are the model's outputs"})
     """
     candidates = {path: layer for path, layer in named_layers(model).items() if isinstance(layer, SELECTABLE)}
-    obstacles = Obstacles(model, ignored or {})
     found: list[ChannelGroup] = []
     order = {path: index for index, path in enumerate(candidates)}
-    traced, called = _trace(model, example_inputs)
+    traced, called, seams = _trace(model, example_inputs)
+    obstacles = Obstacles(model, ignored or {}, seams)
     heads, left = head_groups(model, called)
     for group, problem in sorted([*traced, *((each, "") for each in heads)], key=lambda item: order[item[0].name]):
         problem = problem or obstacles.of(group)
@@ -60,7 +61,7 @@ def coupled_groups(model: nn.Module, example_inputs: object, ignored: Mapping[st
         else:
             found.append(group)
             obstacles.take(group)
-    failed = try_cuts(model, found, example_inputs)
+    found, failed = _tried(model, found, example_inputs)
     left |= {path: failed[group.name] for group in found if group.name in failed for path in group.producers}
     groups = tuple(group for group in found if group.name not in failed)
     cut = {path for group in groups for path in group.producers}
@@ -68,6 +69,19 @@ def coupled_groups(model: nn.Module, example_inputs: object, ignored: Mapping[st
         if path not in cut:
             left.setdefault(path, _unseen(model, path))
     return Coupling(groups, {path: left[path] for path in candidates if path in left and path not in cut})
+
+
+def _tried(
+    model: nn.Module, groups: list[ChannelGroup], example_inputs: object
+) -> tuple[list[ChannelGroup], dict[str, str]]:
+    """Return the groups, with the halves joined of those that need it, and why some fail their trial."""
+    failed = try_cuts(model, groups, example_inputs)
+    gated = {group.name: joined for group in groups if group.name in failed and (joined := halves_joined(group))}
+    if not gated:
+        return groups, failed
+    changed = [gated.get(group.name, group) for group in groups]
+    again = try_cuts(model, [g for g in changed if g.name in gated or g.name not in failed], example_inputs)
+    return changed, {name: why for name, why in failed.items() if name not in gated} | again
 
 
 def _unseen(model: nn.Module, path: str) -> str:
@@ -87,12 +101,14 @@ class _Forward(nn.Module):
         self.phantoms = phantom_layers(lambda: call(model.eval(), example_inputs)).to(first.device, first.dtype)
 
     def forward(self, inputs: object) -> list[torch.Tensor]:
-        with Phantoms(self.phantoms) if len(self.phantoms) else nullcontext():
-            return [tensor for tensor in tensors_in(call(self.model, inputs)) if tensor.requires_grad]
+        with Phantoms(self.phantoms) if len(self.phantoms) else nullcontext(), Seams() as seams:
+            outputs = [tensor for tensor in tensors_in(call(self.model, inputs)) if tensor.requires_grad]
+        self.seams = len(seams.ends)
+        return [*outputs, *seams.ends]
 
 
-def _trace(model: nn.Module, example_inputs: object) -> tuple[list[tuple[ChannelGroup, str]], set[str]]:
-    """Return every group that the graph knows, with what speaks against cutting it; and the attention that runs."""
+def _trace(model: nn.Module, example_inputs: object) -> tuple[list[tuple[ChannelGroup, str]], set[str], bool]:
+    """Return each group of the graph with what speaks against cutting it, the attention that runs, and if seams do."""
     tp: Any = _torch_pruning()
     with torch.inference_mode(False), torch.enable_grad(), same_randomness(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -119,7 +135,7 @@ def _trace(model: nn.Module, example_inputs: object) -> tuple[list[tuple[Channel
             ) from error
         known = graph.is_out_channel_pruning_fn
         built = [GroupBuilder(paths, group, known, originals).build() for group in found]
-        return [(group, problem) for group, problem in built if group.name], called
+        return [(group, problem) for group, problem in built if group.name], called, traced.seams > 0
 
 
 def _narrow_first(graph: Any) -> None:
