@@ -84,14 +84,14 @@ def test_widths_suit_kernels_by_default_and_cost_nothing(goal: str, other: str, 
     assert left[16][which] <= left[1][which]
     suited = left[None][2]
     widths = [layer.out_channels for layer in suited.convs] + [suited.wide.out_features]
-    assert [width % step for width, step in zip(widths, (4, 8, 16, 16), strict=True)] == [0] * 4
+    assert [width % step for width, step in zip(widths, (4, 16, 16, 16), strict=True)] == [0] * 4
 
 
 def test_shares_that_were_asked_for_are_not_rounded() -> None:
     net = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
     groups = coupled_groups(net, torch.zeros(1, 4)).groups
     limits = Limits(rules={"a": ChannelRule("0", amount=0.3)}).of(groups, net)
-    assert limits == {"0": Limit(0.1, 1, 0.3), "2": Limit(0.1, 8)}
+    assert limits == {"0": Limit(0.1, 1, 0.3), "2": Limit(0.1, 16)}
     assert Limits(round_to=4, rules={"a": ChannelRule("0", amount=0.3)}).of(groups, net)["0"] == Limit(0.1, 4, 0.3)
     latency = StructuredPruning(latency=0.5)
     assert latency._steps.round_to == 1  # which multiples are fast is measured

@@ -14,6 +14,8 @@ from lightning_compress.core.mapping import from_mapping
 from lightning_compress.core.select import Select
 from lightning_compress.pruning.structured.groups import ChannelGroup
 
+_SUITED = ((16, 64), (8, 48), (4, 24), (1, 0))
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -165,15 +167,15 @@ class Limits:
 
 
 def suited_multiple(channels: int) -> int:
-    """Return the largest of 1, 4, 8 and 16 that is at most a sixth of so many channels.
+    """Return the multiple that a group of so many channels keeps: 16 from 64 on, 8 from 48 on, 4 from 24 on, else 1.
 
-    Kernels work on 4, 8 or 16 numbers at a time, so that channels beyond a multiple cost as much as a whole one more,
-    while a twelfth of a group more or less hardly matters to its task.
+    Kernels work on up to 16 numbers at a time, so that channels beyond a multiple cost as much as a whole one more,
+    while an eighth of a group more or less hardly matters to its task.
 
-    >>> [suited_multiple(channels) for channels in (16, 24, 64, 96, 512)]
+    >>> [suited_multiple(channels) for channels in (16, 24, 48, 64, 512)]
     [1, 4, 8, 16, 16]
     """
-    return max(multiple for multiple in (1, 4, 8, 16) if multiple == 1 or 6 * multiple <= channels)
+    return next(multiple for multiple, least in _SUITED if channels >= least)
 
 
 def as_limits(limits: Limits | Mapping[str, Any] | None) -> Limits:
