@@ -20,8 +20,7 @@ class Cost:
         parameters: Numbers it learns, bias and batch norm included.
         weights: Those that are multiplied with inputs, as papers count: without bias and batch norm.
         macs: Multiply-accumulate operations for one sample.
-        moved: Numbers that are read and written for one sample: weights, inputs and outputs of every factor; 0 where
-            the size of the input is not known.
+        moved: Inputs and outputs of every factor for one sample; 0 where the size of the input is not known.
     """
 
     parameters: int

@@ -60,9 +60,9 @@ class Factorized(nn.Module):
         module.factors = nn.Sequential(*parts)
         return module
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Run the factors one after the other."""
-        output: Tensor = self.factors(x)
+        output: Tensor = self.factors(input)
         return output
 
     def take_bias(self, bias: nn.Parameter) -> None:
@@ -144,15 +144,18 @@ class FactorizedTrain(Factorized):
         super().__init__(replace(shape, bias=False), method, ranks, batch_norm, device, dtype)
         self.bias = nn.Parameter(torch.zeros(shape.outputs, device=device, dtype=dtype)) if shape.bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Take one digit of the inputs after the other for one of the outputs."""
         outs, ins = digits(self.shape, len(self.factors))
-        state, before = x.reshape(-1, 1, 1, self.shape.inputs), 1  # (rows, outputs so far, rank, inputs still to come)
+        state, before = (
+            input.reshape(-1, 1, 1, self.shape.inputs),
+            1,
+        )
         for factor, o, i in zip(self.factors, outs, ins, strict=True):
             state = state.reshape(*state.shape[:2], before, i, -1).permute(0, 1, 4, 2, 3).flatten(3)
             state = factor(state).unflatten(3, (o, -1)).permute(0, 1, 3, 4, 2).flatten(1, 2)
             before = state.shape[2]
-        output = state.reshape(*x.shape[:-1], self.shape.outputs)
+        output = state.reshape(*input.shape[:-1], self.shape.outputs)
         return output if self.bias is None else output + self.bias
 
     def take_bias(self, bias: nn.Parameter) -> None:

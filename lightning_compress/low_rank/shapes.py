@@ -93,15 +93,15 @@ class LayerShape:
         return self.runs * (self.parameters - (self.outputs if self.bias else 0))
 
     def traffic(self, size: Sequence[int]) -> int:
-        """Return the numbers that are read and written for one sample: parameters, inputs and outputs.
+        """Return the inputs and outputs for one sample, which are read and written.
 
         >>> LayerShape("linear", 4, 2).traffic((3,))
-        26
+        18
         """
         seen, made = math.prod(size), math.prod(self.output_size(size))
-        if self.kind == "embedding":
-            return self.outputs * made
-        return self.parameters + self.runs * (self.inputs * seen + self.outputs * made)
+        return (
+            self.outputs * made if self.kind == "embedding" else self.runs * (self.inputs * seen + self.outputs * made)
+        )
 
     def build(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
         """Return an ordinary torch layer of this shape."""

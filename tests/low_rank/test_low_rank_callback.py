@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lightning_compress as lc
 from lightning_compress import ConfigurationError, LowRank, Select, SelectionError, compress, journal_of
+from lightning_compress.low_rank.decompose import factorize
 from lightning_compress.low_rank.layers import Factorized
 
 IMAGES = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -329,3 +330,28 @@ def test_a_measured_latency_is_met_and_recorded() -> None:
         done = compress(net, method, example_inputs=torch.randn(4, 1500))
     assert size(done) < size(net)
     assert 0 < method.history[0]["latency"] < 1
+
+
+def test_layers_that_are_called_by_keyword_still_are() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.head = nn.Conv1d(12, 16, 3), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(input=self.mix(input=x).mean(-1))
+            return out
+
+    for factors in ({"rank": 3}, {"rank": 3, "keep": "outputs"}):
+        done = compress(Named(), LowRank(factors=factors, batches=[torch.randn(9, 12, 8)]))
+        assert sum(isinstance(layer, Factorized) for layer in done.modules()) == 2
+        assert torch.isfinite(done(torch.randn(2, 12, 8))).all()
+    train = factorize(nn.Linear(48, 36), "tt", (8, 8)).module
+    assert train(input=torch.randn(2, 48)).shape == (2, 36)
+
+
+def test_terms_are_chosen_with_calibration_data_too() -> None:
+    net = small()
+    done = compress(net, LowRank(1.05, factors="cp", batches=[IMAGES]), example_inputs=IMAGES)
+    assert size(done) <= size(net) / 1.05
+    assert done[3].method == "cp"
