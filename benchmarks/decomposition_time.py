@@ -1,4 +1,7 @@
-"""How long decompositions take, beside plain calls of tensorly in the same run: CP, Tucker, and a whole VGG-16."""
+"""How long decompositions take, beside plain calls of tensorly in the same run: CP, Tucker, and a whole VGG-16.
+
+The parts can be measured one at a time, in processes of their own that fill one file (``--part whole``).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ from benchmarks._common import Row
 from benchmarks._decompose import network, ours, peak, theirs
 from lightning_compress.low_rank.cp import Sweeper, cp_start, least_squares, slices_of
 
-NAME, PARTS = "decomposition_time", ("cp", "kernels", "whole", "memory")
+NAME, PARTS = "decomposition_time", ("cp", "kernels", "whole", "whole_spatial", "memory")
+LABELS = {"tucker": "Tucker and SVD", "spatial_svd": "spatial SVD and SVD"}
 SWEEPS = 3
 CP_GOAL, TUCKER_GOAL, MODEL_GOAL, MEMORY_GOAL = 1 / 20, 1 / 4, 60.0, 3.0
 Result = TypeVar("Result")
@@ -82,19 +86,16 @@ def kernel_rows(quick: bool) -> list[Row]:
     ]
 
 
-def whole_rows(quick: bool) -> list[Row]:
-    """Return the time and error of all layers of a network, beside plain calls."""
+def whole_rows(kernels: str, quick: bool) -> list[Row]:
+    """Return the time and error of all layers of a network, beside plain calls: Tucker of kernels, SVD of the rest."""
     torch.manual_seed(0)
-    other, errors = timed(lambda: theirs(network(quick), "tucker"))
-    rows = []
-    for kernels, label in (("tucker", "Tucker and SVD"), ("spatial_svd", "spatial SVD and SVD")):
-        torch.manual_seed(0)
-        net = network(quick)
-        own, found = timed(lambda net=net, kernels=kernels: ours(net, kernels))
-        case, against = f"all of {_name(quick)}, {label}", f"plain calls of tensorly: {other:.3g} s"
-        rows.append(Row(case, own, "s", against, own / other, MODEL_GOAL))
-        if kernels == "tucker":
-            rows.append(_error_row(f"{case}: mean error", _mean(found), _mean(errors), "plain calls of tensorly"))
+    net = network(quick)
+    other, errors = timed(lambda: theirs(net, "tucker"))
+    own, found = timed(lambda: ours(net, kernels))
+    case, against = f"all of {_name(quick)}, {LABELS[kernels]}", f"plain calls of tensorly: {other:.3g} s"
+    rows = [Row(case, own, "s", against, own / other, MODEL_GOAL)]
+    if kernels == "tucker":
+        rows.append(_error_row(f"{case}: mean error", _mean(found), _mean(errors), "plain calls of tensorly"))
     return rows
 
 
@@ -115,13 +116,13 @@ def memory_row(kernels: str, quick: bool) -> Row:
 
 
 def measure(part: str, quick: bool) -> list[Row]:
-    """Return the rows of one part: ``cp``, ``kernels``, ``whole`` or ``memory``."""
+    """Return the rows of one part, see :data:`PARTS`."""
     if part == "cp":
         rows = cp_rows(96, 128) if quick else cp_rows(512, 832)
     elif part == "kernels":
         rows = kernel_rows(quick)
-    elif part == "whole":
-        rows = whole_rows(quick)
+    elif part.startswith("whole"):
+        rows = whole_rows("spatial_svd" if part == "whole_spatial" else "tucker", quick)
     else:
         rows = [memory_row("tucker", quick)]
     return [replace(row, goal=None) for row in rows] if quick else rows
