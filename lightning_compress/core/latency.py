@@ -33,7 +33,7 @@ class LatencyGoal:
         batch: Samples in the batch; ``None`` takes the example inputs as they are. Tensors are repeated or cut along
             their first dimension.
         threads: CPU threads.
-        seconds: About how long the whole search may take.
+        seconds: About how long the whole search may take on a machine that does nothing else.
 
     Raises:
         ConfigurationError: For a value outside its range, or both or none of ``ms`` and ``share``.
@@ -121,7 +121,7 @@ def time_models(models: Sequence[nn.Module], inputs: object, threads: int, secon
         seconds: About how long it may take; there are at least five rounds.
     """
     device = device_of(models[0])
-    clock = time.thread_time if device.type == "cpu" and threads == 1 else time.perf_counter
+    clock = clock_for(device, threads)
     with _threads(threads), evaluating(*models), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         moved = map_tensors(lambda tensor: tensor.to(device), inputs)
         runs = [partial(_run, model, moved, device) for model in models]
@@ -134,6 +134,15 @@ def time_models(models: Sequence[nn.Module], inputs: object, threads: int, secon
             for index in range(len(runs)) if turn % 2 == 0 else reversed(range(len(runs))):
                 found[index].append(1e3 * _time(runs[index], inner[index], clock))
     return found
+
+
+def clock_for(device: torch.device, threads: int) -> Callable[[], float]:
+    """Return the clock for a measurement: of the processor for one thread on a CPU, of the wall for all else.
+
+    >>> clock_for(torch.device("cpu"), 2) is time.perf_counter
+    True
+    """
+    return time.thread_time if device.type == "cpu" and threads == 1 else time.perf_counter
 
 
 def relative(times: Sequence[float], against: Sequence[float]) -> float:

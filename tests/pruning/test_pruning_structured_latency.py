@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import random
 import time
@@ -95,6 +96,16 @@ def test_milliseconds_and_what_cannot_be_reached(monkeypatch: pytest.MonkeyPatch
     fast = StructuredPruning(latency={"ms": 50.0})
     assert lc.compress(mlp(), fast, example_inputs=X)[0].out_features == 64
     assert fast.history[0]["latency"] == 1.0
+
+
+def test_a_busy_machine_does_not_end_the_search_far_below_the_goal(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    fake_clock(monkeypatch)
+    late = itertools.count(step=1000.0)  # each measurement takes longer than the whole search may
+    monkeypatch.setattr("lightning_compress.pruning.structured.latency_search.clock_for", lambda *_: lambda: next(late))
+    callback = StructuredPruning(latency=0.6)
+    lc.compress(mlp(), callback, example_inputs=X)
+    assert 0.5 < callback.history[0]["latency"] <= 0.6
 
 
 def test_a_machine_that_slows_down_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
