@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_compress import ConfigurationError, IterativePruning, compress
 from lightning_compress.export import Exported, ExportError, export
+from lightning_compress.models.resnet import CifarResNet
 from lightning_compress.quantization import convert
 
 
@@ -102,13 +103,27 @@ def test_the_model_itself_is_not_changed(written, tmp_path) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_runtimes_fuse_whole_blocks(written, tmp_path) -> None:
+def fused(path: Any, folder: Any) -> list[str]:
+    """Return the operators that onnxruntime really runs."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
-    onnxruntime.InferenceSession(str(written[1].path), options, providers=["CPUExecutionProvider"])
-    kinds = [node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node]
+    options.optimized_model_filepath = str(folder / "fused.onnx")
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(folder / "fused.onnx").graph.node]
+
+
+def test_runtimes_fuse_whole_blocks(written, tmp_path) -> None:
+    kinds = fused(written[1].path, tmp_path)
     assert [kinds.count(kind) for kind in ("QLinearConv", "QLinearAdd", "QGemm")] == [3, 1, 1]
+    assert not {"Conv", "Add", "Gemm", "MatMul"} & set(kinds)
+
+
+def test_shortcuts_that_subsample_and_pad_are_fused_too(tmp_path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    model = calibrate(quantize(randomize(CifarResNet(8)).eval()), x)
+    kinds = fused(export(model, tmp_path / "net", example_inputs=x).path, tmp_path)
+    assert [kinds.count(kind) for kind in ("QLinearConv", "QLinearAdd", "QGemm", "Pad")] == [7, 3, 1, 2]
     assert not {"Conv", "Add", "Gemm", "MatMul"} & set(kinds)
 
 
