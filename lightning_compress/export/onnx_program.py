@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_compress.core.isolation import batch_size_of
 from lightning_compress.export.extras import require
 from lightning_compress.export.onnx_graph import finish
-from lightning_compress.export.preparation import Prepared, outputs_of
+from lightning_compress.export.preparation import Prepared
 from lightning_compress.export.result import Exported, ExportError
 from lightning_compress.export.runtimes import open_onnx
 from lightning_compress.export.verification import require_same
@@ -60,9 +60,7 @@ def write_onnx(prepared: Prepared, path: Path, *, dynamic_batch: bool, verify: b
     onnx.checker.check_model(str(path))
     difference = None
     if verify:
-        difference = require_same(
-            run_onnx(path, prepared), outputs_of(prepared.expected), prepared.quantized, "onnxruntime"
-        )
+        difference = require_same(run_onnx(path, prepared), prepared, "onnxruntime")
     return Exported(path, "onnx", path.stat().st_size, opset, dynamic, difference, left)
 
 

@@ -33,7 +33,7 @@ def write_openvino(prepared: Prepared, path: Path, *, dynamic_batch: bool, verif
     difference = None
     if verify:
         results = run_openvino(path, prepared)
-        difference = require_same(results, outputs_of(prepared.expected), prepared.quantized, "OpenVINO")
+        difference = require_same(results, prepared, "OpenVINO")
     return Exported(path, "openvino", 0, way.opset, way.dynamic_batch, difference, way.left)
 
 
@@ -86,7 +86,7 @@ def write_executorch(prepared: Prepared, path: Path, *, dynamic_batch: bool, ver
         runtime = require("executorch.runtime", "executorch")
         method = runtime.Runtime.get().load_program(str(path)).load_method("forward")
         results = [value.numpy() for value in method.execute(list(tensors_in(prepared.inputs)))]
-        difference = require_same(results, outputs_of(prepared.expected), prepared.quantized, "ExecuTorch")
+        difference = require_same(results, prepared, "ExecuTorch")
     return Exported(path, "executorch", 0, None, False, difference, left)
 
 
@@ -111,5 +111,5 @@ def _save(program: Any, prepared: Prepared, path: Path, target: str, verify: boo
     if verify:
         with torch.inference_mode():
             results = outputs_of(torch.export.load(path).module()(*prepared.inputs))
-        difference = require_same(results, outputs_of(prepared.expected), prepared.quantized, "torch")
+        difference = require_same(results, prepared, "torch")
     return Exported(path, target, 0, None, "" not in left, difference, left)

@@ -16,7 +16,9 @@ from networks import Audio, Branching, Residual, Small, Words, calibrate, quanti
 from torch import Tensor, nn
 
 from lightning_compress import ConfigurationError, IterativePruning, compress
-from lightning_compress.export import Exported, ExportError, export
+from lightning_compress.export import Exported, ExportError, export, verification
+from lightning_compress.export.preparation import outputs_of, prepare
+from lightning_compress.export.verification import rounding_noise
 from lightning_compress.models.resnet import CifarResNet
 from lightning_compress.quantization import convert
 
@@ -198,18 +200,38 @@ def test_what_cannot_be_traced_is_said(target: str, tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_network_that_is_not_a_function_is_refused(tmp_path) -> None:
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_network_that_is_not_a_function_is_refused(bits: int | None, tmp_path) -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
+            self.linear = nn.Linear(2, 2)
             self.calls = 0
 
         def forward(self, x: Tensor) -> Tensor:
             self.calls += 1
-            return x * self.calls
+            return self.linear(x) * self.calls
 
+    model, x = Counting().eval(), torch.randn(2, 2, generator=torch.Generator().manual_seed(0))
+    if bits:
+        calibrate(quantize(model, bits), x)
+        model.calls = 0
     with pytest.raises(ExportError, match="onnxruntime computes something else"):
-        export(Counting(), tmp_path / "net", example_inputs=torch.ones(2, 2))
+        export(model, tmp_path / "net", example_inputs=x)
+
+
+def test_rounding_alone_is_no_error_where_it_moves_outputs_far(monkeypatch, tmp_path) -> None:
+    torch.manual_seed(0)
+    x = images(4, 16)
+    prepared = prepare(calibrate(quantize(randomize(Small()).eval()), x), x)
+    monkeypatch.setattr(verification, "_SHARE", 0.02)  # this network is a calm one
+    noise = rounding_noise(prepared)
+    assert noise > 0
+    wrong = [value.numpy() * (1 + 1.9 * noise) for value in outputs_of(prepared.expected)]
+    monkeypatch.setattr(verification, "INTEGER_LIMIT", 0.0)
+    assert verification.require_same(wrong, prepared, "a runtime") == pytest.approx(1.9 * noise, rel=1e-3)
+    with pytest.raises(ExportError, match="a runtime computes something else"):
+        verification.require_same([2 * value for value in wrong], prepared, "a runtime")
 
 
 def test_torch_programs_load_without_this_package(written, tmp_path) -> None:

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -22,6 +21,7 @@ from torch.utils.data import TensorDataset
 from lightning_compress import QuantizationAwareTraining, export
 from lightning_compress.core.copies import full_copy
 from lightning_compress.data import ResumableLoader
+from lightning_compress.export.verification import relative_difference
 from lightning_compress.models import ImageClassifier
 from lightning_compress.quantization import convert_in_place, quantizers_of
 from lightning_compress.quantization.fixed import FixedQuantizer
@@ -156,5 +156,7 @@ def test_train_stop_resume_convert_export_run(name: str, tmp_path: Path) -> None
     assert made.dynamic_batch
     session = onnxruntime.InferenceSession(str(made.path), providers=["CPUExecutionProvider"])
     (ran,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    error = float(np.sqrt(np.mean((ran - fake.numpy()) ** 2)))
-    assert error <= 0.25 * float(fake.square().mean().sqrt())
+    with torch.no_grad():
+        nudged = net(x + 1e-4 * torch.randn_like(x) if x.is_floating_point() else x)
+    noise = relative_difference([nudged.numpy()], [fake])  # rounding does a lot where little was learned yet
+    assert relative_difference([ran], [fake]) <= 0.05 + 2 * noise
