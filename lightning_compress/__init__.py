@@ -50,7 +50,7 @@ from lightning_compress.quantization.binary.callbacks import Binarization, Terna
 from lightning_compress.quantization.callbacks import QuantizationAwareTraining
 from lightning_compress.quantization.conversion import IntegerConversion
 from lightning_compress.quantization.fixed_point.callbacks import FixedPointTraining
-from lightning_compress.quantization.post_training import MixedPrecision, PostTrainingQuantization, PostTrainingSteps
+from lightning_compress.quantization.post_training import BitGoal, PostTrainingQuantization, PostTrainingSteps
 from lightning_compress.quantization.sharing import SharingRule, WeightSharing
 from lightning_compress.quantization.soft_sharing import SoftWeightSharing
 
@@ -60,6 +60,7 @@ __all__ = [
     "ArtifactError",
     "ArtifactInfo",
     "Binarization",
+    "BitGoal",
     "CompressionCallback",
     "CompressionError",
     "CompressionReport",
@@ -80,7 +81,6 @@ __all__ = [
     "JournalMismatchError",
     "LotteryTicket",
     "LowRank",
-    "MixedPrecision",
     "ModelCheckpointAtTarget",
     "NeuronMerging",
     "OptimalBrainCompression",

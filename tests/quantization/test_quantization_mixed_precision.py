@@ -12,8 +12,8 @@ from networks import Small
 from torch import Tensor, nn
 
 from lightning_compress import (
+    BitGoal,
     ConfigurationError,
-    MixedPrecision,
     PostTrainingQuantization,
     compress,
     load_compressed,
@@ -135,7 +135,7 @@ def test_a_size_is_obeyed_and_better_spent_than_evenly(trained, tmp_path, size: 
     smaller = [lost(net, one, test) for one in even if file_bytes(one, tmp_path) <= taken]
     assert smaller
     assert lost(net, mixed, test) < min(smaller)
-    again = PostTrainingQuantization(batches, weights=MixedPrecision(size=size), ends=None)
+    again = PostTrainingQuantization(batches, weights=BitGoal(size=size), ends=None)
     assert all(torch.equal(a, b) for a, b in zip(compress(net, again).parameters(), mixed.parameters(), strict=True))
 
 
@@ -158,7 +158,7 @@ def test_a_drop_is_obeyed_with_labels_without_them_and_by_any_metric(trained, tm
             with torch.no_grad():
                 changed = sum(int((mixed(x).argmax(1) != net(x).argmax(1)).sum()) for x, _ in batches)
             assert changed <= 0.01 * sum(len(y) for _, y in batches)
-    judged = MixedPrecision(drop=0.01, bits=[4, 8], metric=lambda model: -lost(net, model, test))
+    judged = BitGoal(drop=0.01, bits=[4, 8], metric=lambda model: -lost(net, model, test))
     assert lost(net, compress(net, PostTrainingQuantization(batches, weights=judged, ends=None)), test) <= 0.01
 
 
@@ -170,7 +170,7 @@ def test_rules_and_ends_keep_their_bits() -> None:
     bits = callback.bits_by_layer
     assert (bits["right"], bits["stem.0"], bits["head"]) == (3, 6, 6)
     assert {number for path, number in bits.items() if path not in ("right", "stem.0", "head")} == {2}
-    goal = MixedPrecision(drop=100, bits=[2, 8], weights={"per_channel": False})
+    goal = BitGoal(drop=100, bits=[2, 8], weights={"per_channel": False})
     quantized = compress(net, PostTrainingQuantization(x, weights=goal))
     assert not any(q.spec.per_channel for q in quantizers_of(quantized))
 

@@ -23,7 +23,7 @@ from lightning_compress.core.select import Select, Selection
 from lightning_compress.quantization.assignment import QuantizationRule, SpecLike, make_settings
 from lightning_compress.quantization.choice import Choice, choose_quantized
 from lightning_compress.quantization.layers import CLASSES, QuantizedLayer
-from lightning_compress.quantization.post_training.mixed import MixedPrecision, split_goal
+from lightning_compress.quantization.post_training.mixed import BitGoal, split_goal
 from lightning_compress.quantization.post_training.procedure import quantize_trained
 from lightning_compress.quantization.post_training.search import divide_bits, with_bits
 from lightning_compress.quantization.post_training.steps import PostTrainingSteps, as_steps
@@ -50,7 +50,7 @@ class PostTrainingQuantization(CompressionCallback):
 
     Runs on: CPU and CUDA, ``ddp``. A batch is called as ``model(batch)``, ``model(batch[0])`` or ``model(**batch)``.
 
-    With a goal in place of bits (:class:`MixedPrecision`) the bits of the weights are divided over the layers by what
+    With a goal in place of bits (:class:`BitGoal`) the bits of the weights are divided over the layers by what
     each layer loses, so that the file is as small, or the accuracy as high, as asked; ``bits_by_layer`` and the plan
     then say what each of them got.
 
@@ -58,7 +58,7 @@ class PostTrainingQuantization(CompressionCallback):
         batches: Calibration data: a tensor, a list of batches, a loader, or a data module (its training data). With
             DDP those of the first process count.
         weights: Bits from 2 to 8, a mapping of what differs from 8 bits, symmetric, per channel, in the range with the
-            least squared error, a goal that divides bits over the layers, such as ``MixedPrecision(size=0.15)`` or
+            least squared error, a goal that divides bits over the layers, such as ``BitGoal(size=0.15)`` or
             ``{size: 0.15}``, or ``None`` for float.
         activations: The same; by default 8 bits, affine, one scale, in the range with the least squared error.
         select: Which layers; by default all that quantization-aware training quantizes.
@@ -84,7 +84,7 @@ class PostTrainingQuantization(CompressionCallback):
     def __init__(
         self,
         batches: Any = None,
-        weights: SpecLike | MixedPrecision = 8,
+        weights: SpecLike | BitGoal = 8,
         activations: SpecLike = 8,
         select: Select | None = None,
         rules: Mapping[str, QuantizationRule] | None = None,
@@ -174,7 +174,7 @@ class PostTrainingQuantization(CompressionCallback):
             for tensor in (*root.parameters(), *root.buffers()):  # processes may have read different batches
                 torch.distributed.broadcast(tensor.data, 0)
 
-    def _divide(self, root: nn.Module, goal: MixedPrecision, batches: Sequence[Any], many: bool) -> None:
+    def _divide(self, root: nn.Module, goal: BitGoal, batches: Sequence[Any], many: bool) -> None:
         """Give each layer its bits; the first process decides."""
         division = divide_bits(root, self._choice, goal, self.steps, batches)
         if not division.reached:

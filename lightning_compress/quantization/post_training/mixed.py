@@ -15,7 +15,7 @@ from lightning_compress.quantization.spec import WEIGHT, QuantizerSpec, as_spec
 
 
 @dataclass(frozen=True)
-class MixedPrecision:
+class BitGoal:
     r"""Weights of as many bits in each layer as one goal for the whole model allows.
 
     Each layer is tried with each number of bits. What its outputs lose on the calibration batches, the relative squared
@@ -36,7 +36,7 @@ class MixedPrecision:
     Raises:
         ConfigurationError: Unless exactly one of ``size`` and ``drop`` is given, or for a value outside its range.
 
-    >>> str(MixedPrecision(size=0.15, bits=[2, 4, 8]))
+    >>> str(BitGoal(size=0.15, bits=[2, 4, 8]))
     'a file of at most 0.15 of the tensors, with 2, 4 or 8 bits'
     """
 
@@ -48,7 +48,7 @@ class MixedPrecision:
 
     def __post_init__(self) -> None:
         if (self.size is None) == (self.drop is None):
-            raise ConfigurationError("give one of `size` and `drop`, such as MixedPrecision(size=0.15)")
+            raise ConfigurationError("give one of `size` and `drop`, such as BitGoal(size=0.15)")
         if self.size is not None and not (_is_number(self.size) and 0 < self.size < 1):
             raise ConfigurationError(f"`size` must be a number above 0 and below 1, got {self.size!r}")
         if self.drop is not None and not (_is_number(self.drop) and self.drop >= 0):
@@ -75,14 +75,14 @@ class MixedPrecision:
     def spec(self, default: QuantizerSpec = WEIGHT) -> QuantizerSpec:
         """Return the spec of weights with the most bits.
 
-        >>> MixedPrecision(drop=0.5, bits=[6, 4]).spec().bits
+        >>> BitGoal(drop=0.5, bits=[6, 4]).spec().bits
         6
         """
         built: QuantizerSpec = as_spec({**self.weights, "bits": self.bits[-1]}, default, "weights")
         return built
 
 
-def split_goal(weights: SpecLike | MixedPrecision, default: QuantizerSpec) -> tuple[SpecLike, MixedPrecision | None]:
+def split_goal(weights: SpecLike | BitGoal, default: QuantizerSpec) -> tuple[SpecLike, BitGoal | None]:
     """Return the spec of weights that a user wrote, and the goal that divides their bits, if there is one.
 
     Args:
@@ -96,18 +96,18 @@ def split_goal(weights: SpecLike | MixedPrecision, default: QuantizerSpec) -> tu
     (8, (4, None))
     """
     if isinstance(weights, Mapping) and {"size", "drop"} & set(weights):
-        known = [item.name for item in fields(MixedPrecision)]
+        known = [item.name for item in fields(BitGoal)]
         own = {key: value for key, value in weights.items() if key in known}
         rest = {key: value for key, value in weights.items() if key not in known}
         weights = replace(_named(own), weights={**own.get("weights", {}), **rest})
-    if not isinstance(weights, MixedPrecision):
+    if not isinstance(weights, BitGoal):
         return weights, None
     return weights.spec(default), weights
 
 
-def _named(arguments: Mapping[str, Any]) -> MixedPrecision:
+def _named(arguments: Mapping[str, Any]) -> BitGoal:
     try:
-        return MixedPrecision(**arguments)
+        return BitGoal(**arguments)
     except ConfigurationError as error:
         raise ConfigurationError(f"`weights`: {error}") from error
 

@@ -21,7 +21,7 @@ from lightning_compress.quantization.choice import Choice
 from lightning_compress.quantization.convert import convert_in_place
 from lightning_compress.quantization.post_training.bias import output_means
 from lightning_compress.quantization.post_training.bit_lines import Candidates, bit_lines
-from lightning_compress.quantization.post_training.mixed import MixedPrecision
+from lightning_compress.quantization.post_training.mixed import BitGoal
 from lightning_compress.quantization.post_training.procedure import (
     equalize_layers,
     example_of,
@@ -53,7 +53,7 @@ class Division:
 
 
 def divide_bits(
-    model: nn.Module, choice: Choice, goal: MixedPrecision, steps: PostTrainingSteps, batches: Sequence[Any]
+    model: nn.Module, choice: Choice, goal: BitGoal, steps: PostTrainingSteps, batches: Sequence[Any]
 ) -> Division:
     """Return how many bits each layer gets, so that the quantized model obeys a goal.
 
@@ -86,7 +86,7 @@ def with_bits(choice: Choice, bits: Mapping[str, int]) -> Choice:
 
 class _Search:
     def __init__(
-        self, model: nn.Module, choice: Choice, goal: MixedPrecision, steps: PostTrainingSteps, batches: Sequence[Any]
+        self, model: nn.Module, choice: Choice, goal: BitGoal, steps: PostTrainingSteps, batches: Sequence[Any]
     ) -> None:
         self.model, self.choice, self.goal, self.steps, self.batches = model, choice, goal, steps, batches
         scaled = full_copy(model)

@@ -23,7 +23,7 @@ from lightning_compress.core.schedule import Schedule, parse_time
 from lightning_compress.core.select import Select, Selection
 from lightning_compress.core.targets import shape_of, tied_with
 from lightning_compress.quantization.sharing.held import GRADIENTS, SHAREABLE, HeldCodes
-from lightning_compress.quantization.sharing.importance import Fisher, adam_importance, as_importance
+from lightning_compress.quantization.sharing.importance import Fisher, adam_importance, as_importance, damped
 from lightning_compress.quantization.sharing.kmeans import nearest
 from lightning_compress.quantization.sharing.quantizers import CodebookQuantizer, as_quantizer
 from lightning_compress.quantization.sharing.rules import SharingRule
@@ -66,7 +66,8 @@ class WeightSharing(CompressionCallback):
         importance: What each weight counts in its cluster: ``"equal"``; by the diagonal of the Hessian (Choi et al.,
             arXiv:1612.01543) from the squared ``"gradients"`` of training before the start, from ``"adam"``'s second
             moment, or from :class:`~lightning_compress.quantization.sharing.importance.Fisher` on calibration data.
-            It helped k-means with few clusters a little, entropy-constrained ones not measurably.
+            The mean is added to what each counts. On small networks for digits it made the error of outputs a third
+            smaller at best and a fifth larger at worst, and accuracy hardly changed.
         gradient: ``"sum"``, as in the paper, or ``"mean"``: the sum by the number of weights in the cluster.
         name: Tells two of these callbacks apart.
 
@@ -244,7 +245,7 @@ class WeightSharing(CompressionCallback):
             order = centroids.argsort()[: int(centroids.isfinite().sum())]
             codes[alive] = order[nearest(values[alive], centroids[order]).long()].int()
         elif bool(alive.any()):
-            h = torch.cat([_flat(importance[key]) for key in weights])[alive] if importance else None
+            h = damped(torch.cat([_flat(importance[key]) for key in weights])[alive]) if importance else None
             try:
                 book = self._quantizer_of(next(iter(weights))).codebook(values[alive], h, self._generator(group))
             except ConfigurationError as error:

