@@ -174,3 +174,16 @@ def test_parameters_in_tables_are_those_of_the_modules_bias_included(method: str
     for ranks, counted in list(zip(table.ranks, table.parameters, strict=True))[:-1]:
         assert counted == sum(p.numel() for p in factorize(layer, method, ranks).module.parameters())
     assert len(table.ranks) > 3
+
+
+def test_times_rise_with_operations_traffic_calls_and_every_sixteenth_channel() -> None:
+    layer = nn.Linear(100, 80, bias=False)
+    table = table_of("fc", layer, "svd", [(1,)])
+    assert table.time[-1] == 8000 * (1 + 11) + 4 * 180 + 5e5
+    assert table.time[9] == 1800 * (1 + 11) + 4 * (180 + 20) + 2 * 5e5
+    conv = table_of("conv", nn.Conv2d(64, 64, 3, padding=1), "spatial_svd", [(14, 14)])
+    steps = np.diff(conv.time[:-1])
+    assert steps[15] == pytest.approx(steps[0] * (1 + 15 * 2 / 3))  # from 16 channels to 17
+    assert steps[16] == pytest.approx(steps[0] / 3)
+    assert conv.time[31] == pytest.approx(conv.time[0] + 31 * steps[0])
+    assert np.diff(conv.macs[:-1]).max() == np.diff(conv.macs[:-1]).min()

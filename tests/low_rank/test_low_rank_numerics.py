@@ -6,7 +6,8 @@ from torch import nn
 
 from lightning_compress.low_rank import matrix
 from lightning_compress.low_rank.decompose import METHODS, factorize, full_ranks, usable_ranks, why_not
-from lightning_compress.low_rank.matrix import energy, leading_vectors, split_matrix
+from lightning_compress.low_rank.matrix import energy, gram, leading_vectors, split_matrix
+from lightning_compress.low_rank.tensor import tucker2
 
 
 def test_random_projection_comes_near_the_optimum_without_touching_random_states(monkeypatch) -> None:
@@ -93,3 +94,39 @@ def test_a_parameter_is_detached_and_the_layer_stays() -> None:
     found = factorize(layer, "cp", [5])
     assert torch.equal(layer.weight, before)
     assert all(p.is_leaf and p.requires_grad for p in found.module.parameters())
+
+
+def test_wide_kernels_of_a_low_tucker_rank_are_recovered_although_float32_is_tried_first() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sides = [torch.linalg.qr(torch.randn(size, rank, generator=generator)).Q for size, rank in ((224, 20), (208, 12))]
+    core = torch.randn(20, 12, 9, generator=generator) * torch.logspace(0, -3, 20)[:, None, None]
+    weight = torch.einsum("or,rip,ci->ocp", sides[0], core, sides[1])
+    into, small, out = tucker2(weight, (12, 20))
+    found = torch.einsum("oij,no,ci->ncj", small, out, into)
+    assert float((found - weight).norm() / weight.norm()) < 2e-6
+
+
+def test_wide_kernels_are_exact_at_full_rank() -> None:
+    layer = nn.Conv2d(200, 208, 3)
+    for method in ("tucker", "spatial_svd", "channel_svd"):
+        assert factorize(layer, method, full_ranks(layer, method)).error < 1e-5
+
+
+def test_wide_kernels_lose_no_more_than_by_projections_in_float64() -> None:
+    weight = torch.randn(240, 200, 9, generator=torch.Generator().manual_seed(0))
+    into, small, out = tucker2(weight, (100, 120))
+    exact = tucker2(weight.double(), (100, 120))
+    energies = [float(core.double().square().sum()) for core in (small, exact[1])]
+    assert energies[0] == pytest.approx(energies[1], rel=1e-5)
+    torch.testing.assert_close(out.t() @ out, torch.eye(120), atol=1e-5, rtol=0)
+    torch.testing.assert_close(into.t() @ into, torch.eye(100), atol=1e-5, rtol=0)
+
+
+def test_large_gram_matrices_are_built_in_blocks(monkeypatch) -> None:
+    given = torch.randn(100, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    monkeypatch.setattr(matrix, "_BLOCK", 32)
+    torch.testing.assert_close(gram(given).tril(), (given @ given.t()).tril())
+    assert int(gram(given).triu(32).count_nonzero()) == 0
+    torch.testing.assert_close(
+        matrix.singular_values(given.t()[:, :90]), torch.linalg.svdvals(given.t()[:, :90]), atol=1e-6, rtol=1e-6
+    )
