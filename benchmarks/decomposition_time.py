@@ -1,6 +1,7 @@
 """How long decompositions take, beside plain calls of tensorly in the same run: CP, Tucker, and a whole VGG-16.
 
-The parts can be measured one at a time, in processes of their own that fill one file (``--part whole``).
+The parts can be measured one at a time, in processes of their own that fill one file. ``--part whole`` takes the whole
+network, which is a minute; ``--part whole --part beside`` puts the plain calls beside it, which take several.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,7 +25,7 @@ from benchmarks._common import Row
 from benchmarks._decompose import network, ours, peak, theirs
 from lightning_compress.low_rank.cp import Sweeper, cp_start, least_squares, slices_of
 
-NAME, PARTS = "decomposition_time", ("cp", "kernels", "whole", "whole_spatial", "memory")
+NAME, PARTS = "decomposition_time", ("cp", "kernels", "whole", "beside", "memory")
 LABELS = {"tucker": "Tucker and SVD", "spatial_svd": "spatial SVD and SVD"}
 SWEEPS = 3
 CP_GOAL, TUCKER_GOAL, MODEL_GOAL, MEMORY_GOAL = 1 / 20, 1 / 4, 60.0, 3.0
@@ -86,14 +88,30 @@ def kernel_rows(quick: bool) -> list[Row]:
     ]
 
 
-def whole_rows(kernels: str, quick: bool) -> list[Row]:
-    """Return the time and error of all layers of a network, beside plain calls: Tucker of kernels, SVD of the rest."""
+@cache
+def plain(quick: bool) -> tuple[float, dict[str, float]]:
+    """Return time and errors of plain calls for all layers: Tucker of kernels, truncated SVD of the rest."""
     torch.manual_seed(0)
     net = network(quick)
-    other, errors = timed(lambda: theirs(net, "tucker"))
-    own, found = timed(lambda: ours(net, kernels))
-    case, against = f"all of {_name(quick)}, {LABELS[kernels]}", f"plain calls of tensorly: {other:.3g} s"
-    rows = [Row(case, own, "s", against, own / other, MODEL_GOAL)]
+    return timed(lambda: theirs(net, "tucker"))
+
+
+@cache
+def own(kernels: str, quick: bool) -> tuple[float, dict[str, float]]:
+    """Return time and errors of our factors of all layers."""
+    torch.manual_seed(0)
+    net = network(quick)
+    return timed(lambda: ours(net, kernels))
+
+
+def whole_rows(kernels: str, quick: bool, beside: bool) -> list[Row]:
+    """Return the time and error of all layers of a network, alone or beside plain calls in the same process."""
+    (taken, found), case = own(kernels, quick), f"all of {_name(quick)}, {LABELS[kernels]}"
+    if not beside:
+        error = Row(f"{case}: mean error", _mean(found), "relative error")
+        return [Row(case, taken, "s", goal=MODEL_GOAL), error]
+    other, errors = plain(quick)
+    rows = [Row(case, taken, "s", f"plain calls of tensorly: {other:.3g} s", taken / other, MODEL_GOAL)]
     if kernels == "tucker":
         rows.append(_error_row(f"{case}: mean error", _mean(found), _mean(errors), "plain calls of tensorly"))
     return rows
@@ -121,8 +139,8 @@ def measure(part: str, quick: bool) -> list[Row]:
         rows = cp_rows(96, 128) if quick else cp_rows(512, 832)
     elif part == "kernels":
         rows = kernel_rows(quick)
-    elif part.startswith("whole"):
-        rows = whole_rows("spatial_svd" if part == "whole_spatial" else "tucker", quick)
+    elif part in ("whole", "beside"):
+        rows = [row for kernels in LABELS for row in whole_rows(kernels, quick, part == "beside")]
     else:
         rows = [memory_row("tucker", quick)]
     return [replace(row, goal=None) for row in rows] if quick else rows

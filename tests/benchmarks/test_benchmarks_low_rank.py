@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks import _ranks as ranks
+from benchmarks import decomposition_time
 from benchmarks import survey_table2 as table
 from lightning_compress import LowRank, compress, journal_of
 from lightning_compress.low_rank.layers import Factorized
@@ -111,3 +112,14 @@ def test_compiled_networks_are_measured_too(chosen, options):
         f"toy: {FIRST}, channels_last, batch 1, compiled and frozen",
         f"toy: {FIRST}, channels_last, batch 1, compiled and frozen, speed-up",
     }
+
+
+@pytest.mark.slow
+def test_whole_networks_are_decomposed_alone_and_beside_plain_calls():
+    alone = {row.case: row for row in decomposition_time.measure("whole", quick=True)}
+    beside = {row.case: row for row in decomposition_time.measure("beside", quick=True)}
+    assert set(beside) < set(alone)
+    for case, row in beside.items():
+        assert row.value == alone[case].value  # measured once in a process
+        assert 0 < row.ratio < 1.001
+    assert decomposition_time.measure("whole", quick=True)[0].goal is None
