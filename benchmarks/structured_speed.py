@@ -31,7 +31,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "VGG-16": (torchvision.models.vgg16, "classifier.6"),
 }
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-ROUNDS = {"ResNet-18": {1: 31, 16: 11}, "MobileNetV2": {1: 31, 16: 15}, "VGG-16": {1: 15, 16: 5}}
+ROUNDS = {"ResNet-18": {1: 31, 16: 7}, "MobileNetV2": {1: 31, 16: 9}, "VGG-16": {1: 15, 16: 5}}
 NAME = "structured_speed"
 MACS = 0.5
 GOAL = 1 / 1.8
