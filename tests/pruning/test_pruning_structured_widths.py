@@ -87,11 +87,20 @@ def test_widths_suit_kernels_by_default_and_cost_nothing(goal: str, other: str, 
     assert [width % step for width, step in zip(widths, (4, 16, 16, 16), strict=True)] == [0] * 4
 
 
+def test_multiples_that_nobody_asked_for_give_way() -> None:
+    limits = {name: Limit(round_to=16, yields=True) for name in SIZES}
+    found = [choose_widths(SCORES, target, MACS, "layer", limits, beside=PARAMETERS) for target in (0.63, 0.6)]
+    assert found[0] == {"conv": 40, "fc": 40}  # multiples of 16 would leave 0.5 of the operations
+    assert found[1] == {"conv": 38, "fc": 39}  # multiples of 4 would leave 0.563
+    assert Limit(0.1, 16, yields=True).least(64) == 7
+    assert ChannelRule("a", round_to=8).refine(limits["fc"]) == Limit(0.1, 8)
+
+
 def test_shares_that_were_asked_for_are_not_rounded() -> None:
     net = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
     groups = coupled_groups(net, torch.zeros(1, 4)).groups
     limits = Limits(rules={"a": ChannelRule("0", amount=0.3)}).of(groups, net)
-    assert limits == {"0": Limit(0.1, 1, 0.3), "2": Limit(0.1, 16)}
+    assert limits == {"0": Limit(0.1, 1, 0.3), "2": Limit(0.1, 16, yields=True)}
     assert Limits(round_to=4, rules={"a": ChannelRule("0", amount=0.3)}).of(groups, net)["0"] == Limit(0.1, 4, 0.3)
     latency = StructuredPruning(latency=0.5)
     assert latency._steps.round_to == 1  # which multiples are fast is measured

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any
 
@@ -26,11 +26,13 @@ class Limit:
         round_to: What is kept is a multiple of this, where the group is wide enough; a group that loses none stays as
             it is.
         amount: Share of its channels that goes, whatever the ranking says; ``None`` lets the ranking decide.
+        yields: Whether ``round_to`` gives way to a finer one, where it would take much more than was asked for.
     """
 
     floor: float = 0.1
     round_to: int = 1
     amount: float | None = None
+    yields: bool = False
 
     def kept(self, channels: int, removed: int, down: bool = False) -> int:
         """Return how many of ``channels`` stay when ``removed`` should go, the multiple next to that or below.
@@ -55,7 +57,7 @@ class Limit:
         (3, 6)
         """
         wanted = channels if self.amount is None else round(self.amount * channels)
-        return self.kept(channels, wanted)
+        return (replace(self, round_to=1) if self.yields else self).kept(channels, wanted)
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,11 @@ class ChannelRule:
         """Return a limit with what this rule says in place.
 
         >>> ChannelRule("fc", round_to=8).refine(Limit(0.2))
-        Limit(floor=0.2, round_to=8, amount=None)
+        Limit(floor=0.2, round_to=8, amount=None, yields=False)
         """
         given = {name: getattr(self, name) for name in ("floor", "round_to", "amount")}
-        return Limit(**{name: getattr(limit, name) if value is None else value for name, value in given.items()})
+        yields = limit.yields and self.round_to is None
+        return replace(limit, yields=yields, **{name: value for name, value in given.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,8 @@ class Limits:
     Args:
         floor: Least share of each group's channels that stays, 0 to below 1; at least one channel always does.
         round_to: Keep multiples of so many channels, which fast kernels like (8 or 16), where layers are wide enough;
-            ``None`` takes what suits each group, see :func:`suited_multiple`, and 1 allows any number.
+            ``None`` takes what suits each group, see :func:`suited_multiple`, or finer ones where those would miss the
+            goal by more than 3 %, and 1 allows any number.
         rules: Exceptions by name: a :class:`ChannelRule`, or a mapping of its arguments; the last that matches wins.
 
     Raises:
@@ -143,8 +147,8 @@ class Limits:
         Raises:
             SelectionError: If a rule matches no layer, or only layers whose channels cannot be cut.
         """
-        steps = {group.name: self._multiple(group) for group in groups}
-        found = {name: Limit(self.floor, step) for name, step in steps.items()}
+        found = {group.name: self._limit(group) for group in groups}
+        whole = dict(found)
         for name, rule in self.rules.items():
             try:
                 matched = rule.select.resolve(model).layers
@@ -157,13 +161,15 @@ class Limits:
                     f"what can be cut: {', '.join(found) or 'nothing'}"
                 )
             exact = rule.amount is not None and self.round_to is None  # a share that was asked for is no place to round
-            found |= {group: rule.refine(Limit(self.floor, 1 if exact else steps[group])) for group in mine}
+            found |= {group: rule.refine(Limit(self.floor) if exact else whole[group]) for group in mine}
         return found
 
-    def _multiple(self, group: ChannelGroup) -> int:
+    def _limit(self, group: ChannelGroup) -> Limit:
         if group.rebuilt is not None:  # heads are few
-            return 1
-        return suited_multiple(group.channels) if self.round_to is None else self.round_to
+            return Limit(self.floor)
+        if self.round_to is None:
+            return Limit(self.floor, suited_multiple(group.channels), yields=True)
+        return Limit(self.floor, self.round_to)
 
 
 def suited_multiple(channels: int) -> int:

@@ -14,7 +14,8 @@ from lightning_compress.pruning.structured.groups import Cuts
 from lightning_compress.pruning.structured.limits import Limit
 
 Widths = dict[str, int]
-_SLACK = 1e-9
+_SLACK, _FULL = 1e-9, 0.97
+_FINER = (1, 2, 4, 16)
 
 
 def choose_widths(
@@ -32,7 +33,8 @@ def choose_widths(
     As few channels as make the cost fall to ``target`` go one by one; where the last was a large one, others come back.
     Where a group keeps multiples, its width is then rounded down, and whole multiples come back, those first that
     would have gone last. None comes back that raises the cost beside the target above what it was before: room in the
-    operations is not filled with channels that are poor in operations and rich in parameters.
+    operations is not filled with channels that are poor in operations and rich in parameters. Multiples that nobody
+    asked for are made finer while they leave less than 97 % of the target.
 
     Args:
         scores: For each group a number per channel, comparable between groups unless the scope is ``"layer"``.
@@ -55,19 +57,35 @@ def choose_widths(
     >>> choose_widths(scores, 0.7, costs), choose_widths(scores, 0.7, costs, limits={"a": Limit(round_to=4)})
     ({'a': 9, 'b': 13}, {'a': 8, 'b': 14})
     """
-    order = _Order(scores, scope, limits or {}, gone or {}, progress)
-    least = costs.share(order.rounded(order.length))
-    if least > target + _SLACK:
-        raise ConfigurationError(
-            f"the goal leaves {target:.4g} of the cost, but at least {least:.4g} stays with what can be cut and the "
-            "limits; lower `floor` or `round_to`, or ask for less"
-        )
+    given = {name: (limits or {}).get(name, Limit()) for name in scores}
+    for divisor in _FINER:
+        finer = {name: _divided(limit, divisor) for name, limit in given.items()}
+        order = _Order(scores, scope, finer, gone or {}, progress)
+        least = costs.share(order.rounded(order.length))
+        last = not any(limit.yields and limit.round_to > 1 for limit in finer.values())
+        if least <= target + _SLACK:
+            widths = _fit(order, target, costs, beside)
+            if last or costs.share(widths) >= _FULL * target:
+                return widths
+        elif last:
+            break
+    raise ConfigurationError(
+        f"the goal leaves {target:.4g} of the cost, but at least {least:.4g} stays with what can be cut and the "
+        "limits; lower `floor` or `round_to`, or ask for less"
+    )
+
+
+def _fit(order: _Order, target: float, costs: Costs, beside: Costs | None) -> Widths:
     enough = order.first(costs, target, order.exact)
     single = order.fill(order.exact(enough), _bounds(costs, target, beside, order.exact(max(0, enough - 1))), step=1)
     if all(limit.round_to == 1 for limit in order.limits.values()):
         return single
     start = order.rounded(order.first(costs, target, order.rounded, enough))
     return order.fill(start, _bounds(costs, target, beside, single, start))
+
+
+def _divided(limit: Limit, divisor: int) -> Limit:
+    return replace(limit, round_to=max(1, limit.round_to // divisor)) if limit.yields else limit
 
 
 def choose_cuts(
