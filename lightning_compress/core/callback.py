@@ -74,6 +74,7 @@ class CompressionCallback(Method, Callback):
         super().__init__(schedule, select, name)
         self._created_in = os.getpid()
         self._module_ref: weakref.ref[nn.Module] | None = None
+        self._edited = False
 
     @property
     @final
@@ -111,12 +112,10 @@ class CompressionCallback(Method, Callback):
         self.compressed = None
         keep_undo(pl_module)
         edits = list(self.prepare(self.layers(pl_module)))
-        resumes, untouched = trainer.ckpt_path is not None, not journal_of(pl_module)
-        if edits and resumes and untouched:
-            copy_again(trainer, pl_module, self)  # a checkpoint replays its own edits on such a copy
+        if edits and not journal_of(pl_module):
+            copy_again(trainer, pl_module, self)  # with hooks, so that a checkpoint replays its own edits on the copy
+        self._edited = bool(edits)
         apply_all(pl_module, edits)
-        if edits and not resumes:
-            copy_again(trainer, pl_module, self)
 
     @final
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -134,6 +133,9 @@ class CompressionCallback(Method, Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the edits final: a checkpoint would have been loaded by now."""
         forget_undo(pl_module)
+        if self._edited and trainer.ckpt_path is None:
+            copy_again(trainer, pl_module, self)
+        self._edited = False
 
     @final
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from contract_rows import Task
+from contract_rows import RankFromData, Task
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
@@ -217,6 +217,22 @@ def test_ema_resumes_exactly(tmp_path: Path) -> None:
 
     whole = run(tmp_path / "a").state_dict()
     resumed = run(tmp_path / "b", str(tmp_path / "a" / "step=10.ckpt")).state_dict()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_an_average_has_the_structure_that_a_method_gave_the_model_and_resumes_exactly(tmp_path: Path) -> None:
+    def run(folder: Path, seed: int, ckpt_path: str | None = None) -> Task:
+        saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+        fitted = trainer(tmp_path, ExactResume(), EMAWeightAveraging(decay=0.9), RankFromData(), saver)
+        torch.manual_seed(seed)
+        model = Task("MLP")  # from other weights another rank would follow
+        fitted.fit(model, ckpt_path=ckpt_path)
+        return model
+
+    whole = run(tmp_path / "a", 0).state_dict()
+    assert any("first" in key for key in whole)
+    resumed = run(tmp_path / "b", 3, str(tmp_path / "a" / "step=10.ckpt")).state_dict()
+    assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
