@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback
@@ -28,7 +28,7 @@ from lightning_compress.low_rank.layers import Factorized
 from lightning_compress.low_rank.ranking import RankSearch
 from lightning_compress.low_rank.selection import factorized, find_layers, takes_norm
 from lightning_compress.low_rank.shapes import LAYERS
-from lightning_compress.low_rank.tables import layer_text, shape_text, sizes_of
+from lightning_compress.low_rank.tables import count_weights, layer_text, shape_text, sizes_of
 
 WHEN = ("after", "before")
 ROOT = ""
@@ -46,8 +46,9 @@ class LowRank(CompressionCallback):
     What would grow, or do more operations, stays as it is, and the plan says so; so do tied weights, depthwise
     convolutions, recurrent layers, and attention, which reads the weight of ``out_proj`` without calling it. Layers
     that hardly share directions (a network at its random initialization) lose much at any rank; and a closed form is a
-    start: from about twofold compression on, train on. Repeat it to compress step by step: a goal is relative to the
-    model as it is, and factors can be factorized again.
+    start: from about twofold compression on, train on. Repeat it to compress step by step with training in between
+    (MUSCO, Gusak et al. 2019, arXiv 1903.09973): a goal is relative to the model as it is, and factors are multiplied
+    out and split at smaller ranks, so that a layer remains as many factors as its method makes.
 
     Runs on: any device, ``ddp``; refuses sharded strategies. Put it after ``WeightAveraging`` or
     ``StochasticWeightAveraging`` in the Trainer's list if it works after fit.
@@ -124,7 +125,8 @@ class LowRank(CompressionCallback):
 
     def prepare(self, layers: Layers) -> Iterable[Edit]:
         """Factorize before training, if that is wanted: once, unless the factors are not there any more."""
-        if self.when != "before" or self.at_once or factorized(layers):
+        decided = any(path in factorized(layers) for path, one in self._search.decisions.items() if one.ranks)
+        if self.when != "before" or self.at_once or decided:
             return ()
         if not self._search.decisions:
             self._search.example = own_example(layers[ROOT])
@@ -140,8 +142,9 @@ class LowRank(CompressionCallback):
         return Selection({ROOT: root, **layers}, dict(self._left))
 
     def plan(self, layers: Layers) -> list[PlanRow]:
-        """Return a row for each layer: method, ranks and what they save, or why it stays."""
-        return [self._row(path, layer) for path, layer in layers.items() if path != ROOT]
+        """Return a row for each layer: method, ranks and what they save, or why it stays; and their sum."""
+        mine = {path: layer for path, layer in layers.items() if path != ROOT}
+        return [*(self._row(path, layer) for path, layer in mine.items()), *_sum(list(mine.values()))]
 
     def update(self, layers: Layers, amount: float) -> None:
         """Choose the ranks, unless a Trainer is training the model now."""
@@ -199,7 +202,7 @@ class LowRank(CompressionCallback):
             )
 
     def _edits(self, layers: Layers) -> list[Edit]:
-        edits, rows = [], []
+        edits, rows, left = [], [], []
         for path, decision in slow(list(self._search.decisions.items()), "Factorizing"):
             layer, row = layers[path], self._row(path, layers[path])
             if decision.ranks:
@@ -209,23 +212,36 @@ class LowRank(CompressionCallback):
                 of_outputs = f", of outputs {lost:.3g}" if lost else ""
                 row = self._row(path, found.module, f", error of the weight {found.error:.3g}{of_outputs}")
                 edits.append(found.edit(path))
+                layer = found.module
             rows.append(row)
+            left.append(layer)
         self._search.forget()
         kept = [PlanRow("kept", path, "", why) for path, why in self._left.items()]
-        self.plan_text = render_plan(f"{self.state_key}: {self.goal or 'given ranks'}", [*rows, *kept])
+        self.plan_text = render_plan(f"{self.state_key}: {self.goal or 'given ranks'}", [*rows, *_sum(left), *kept])
         rank_zero_info(self.plan_text)
         return edits
 
     def _row(self, path: str, layer: nn.Module, more: str = "") -> PlanRow:
         decision = self._search.decisions.get(path)
-        if isinstance(layer, Factorized):
+        shape = shape_text(layer.shape) if isinstance(layer, Factorized) else layer_text(layer)
+        if decision is None:
+            action = f"{self._methods[path]} after fit"
+        elif isinstance(layer, Factorized):
             before, after = sizes_of(layer, None, False)
-            action = f"{layer.method}, rank {_times(layer.ranks)}: {before:,} to {after:,} parameters{more}"
-            return PlanRow("select", path, shape_text(layer.shape), action)
-        action = (
-            f"{self._methods[path]} after fit" if decision is None else f"stays: {decision.why or 'as it was saved'}"
-        )
-        return PlanRow("select", path, layer_text(layer), action)
+            why = f"; stays: {decision.why}" if decision.why else more
+            action = f"{layer.method}, rank {_times(layer.ranks)}: {before:,} to {after:,} parameters{why}"
+        else:
+            action = f"stays: {decision.why or 'as it was saved'}"
+        return PlanRow("select", path, shape, action)
+
+
+def _sum(layers: Sequence[nn.Module]) -> list[PlanRow]:
+    """Return a row about all selected layers, once some of them are factors."""
+    if not any(isinstance(layer, Factorized) for layer in layers):
+        return []
+    before, after = (sum(numbers) for numbers in zip(*map(count_weights, layers), strict=True))
+    words = f"{before:,} to {after:,} weights, {before / after:.2f} times fewer; biases and norms not counted"
+    return [PlanRow("sum", f"{len(layers)} layers", "", words)]
 
 
 def _times(ranks: tuple[int, ...]) -> str:

@@ -14,9 +14,10 @@ from lightning_compress.low_rank.costs import cost
 from lightning_compress.low_rank.decompose import best_method, spectra
 from lightning_compress.low_rank.evbmf import evbmf
 from lightning_compress.low_rank.factors import Factors
+from lightning_compress.low_rank.layers import Factorized, dense_of, shape_now
 from lightning_compress.low_rank.methods import Ranks, method_named
 from lightning_compress.low_rank.shapes import blocks_of, own_tensors, shape_of
-from lightning_compress.low_rank.tables import Decision, Sizes, Table
+from lightning_compress.low_rank.tables import Decision, Sizes, Table, cost_now
 
 
 def own_ranks(
@@ -35,7 +36,7 @@ def own_ranks(
     Raises:
         ConfigurationError: If the rank is out of range for a layer that was named, or not as many numbers as it takes.
     """
-    shape, rank = shape_of(layer), factors.rank
+    shape, rank = shape_now(layer), factors.rank
     full = method_named(method).full_ranks(shape)
     if isinstance(rank, Mapping):
         return _by_share(table, rank)
@@ -100,18 +101,21 @@ def evbmf_ranks(layer: nn.Module, method: str = "auto") -> Ranks:
 def _sides(layer: nn.Module, method: str, index: int) -> tuple[int, int]:
     """Return the shape of the matrix whose singular values a rank is chosen by."""
     chosen = method_named(best_method(layer) if method == "auto" else method)
-    block = blocks_of(own_tensors(layer)["weight"].detach(), shape_of(layer))[0]
+    dense = dense_of(layer)
+    block = blocks_of(own_tensors(dense)["weight"].detach(), shape_of(dense))[0]
     rows, columns = chosen.unfoldings(block)[index].shape
     return rows, columns
 
 
 def grows(layer: nn.Module, method: str, ranks: Ranks, sizes: Sizes, batch_norm: bool) -> str:
     """Return why factors of these ranks would not be smaller than the layer, or would do more, or nothing."""
-    shape = shape_of(layer)
+    shape = shape_now(layer)
+    if isinstance(layer, Factorized) and (layer.method, layer.ranks) == (method, ranks):
+        return f"its rank is {list(ranks)} already"
+    now, before = (int(figure) for figure in cost_now(layer, sizes)[:2])
     parameters = cost(shape, method, ranks, batch_norm=batch_norm).parameters
-    if parameters >= shape.parameters:
-        return f"at {list(ranks)} it would grow from {shape.parameters:,} to {parameters:,} parameters"
-    before = sum(shape.macs(size) for size in sizes)
+    if parameters >= now:
+        return f"at {list(ranks)} it would grow from {now:,} to {parameters:,} parameters"
     after = sum(cost(shape, method, ranks, size, batch_norm).macs for size in sizes)
     if before and after >= before:
         return f"at {list(ranks)} it would do {after:,} operations instead of {before:,}"

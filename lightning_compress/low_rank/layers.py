@@ -71,7 +71,8 @@ class Factorized(nn.Module):
 
     def own_bias(self) -> nn.Parameter | None:
         """Return the bias Parameter of the layer, if it has one."""
-        return own_tensors(self.layers()[-1]).get("bias")
+        last = self.layers()[-1]
+        return last.own_bias() if isinstance(last, Factorized) else own_tensors(last).get("bias")
 
     def extra_repr(self) -> str:
         """Return method and ranks."""
@@ -89,6 +90,20 @@ class Factorized(nn.Module):
         """Return the batch norms between the factors, if any."""
         return [part for part in self.factors if isinstance(part, Norm)]
 
+    def parts(self) -> tuple[LayerShape, ...]:
+        """Return the shapes of the factors as they are now: channels cut, factors factorized again."""
+        found: list[LayerShape] = []
+        for layer in self.layers():
+            found += layer.parts() if isinstance(layer, Factorized) else [shape_of(layer)]
+        return tuple(found)
+
+    def whole(self) -> LayerShape:
+        """Return the shape of the layer that :meth:`to_dense` gives."""
+        shapes = [shape_now(layer) for layer in self.layers()]
+        inputs, outputs = self.ends(shapes)
+        biased = self.own_bias() is not None or bool(self.norms()) or shapes[-1].bias
+        return replace(self.shape, inputs=inputs, outputs=outputs, bias=biased)
+
     def ends(self, shapes: Sequence[LayerShape]) -> tuple[int, int]:
         """Return inputs and outputs of the whole layer, from the shapes of its factors."""
         return shapes[0].inputs, shapes[-1].outputs
@@ -105,15 +120,15 @@ class Factorized(nn.Module):
         """
         layers = [dense_of(layer) for layer in self.layers()]
         shapes = [shape_of(layer) for layer in layers]
-        weight, bias = own_tensors(layers[0])["weight"], self.own_bias()
+        weight, bias = own_tensors(layers[0])["weight"], own_tensors(layers[-1]).get("bias")
+        bias = self.own_bias() if bias is None else bias
         factors = [as_float(own_tensors(layer)["weight"]) for layer in layers]
         norms = [affine_of(norm) for norm in self.norms()]
         if norms:
             factors, shift = absorb(factors, shapes, norms)
             moved = shift if bias is None else shift + bias
             bias = nn.Parameter(moved.to(weight.dtype), requires_grad=weight.requires_grad)
-        inputs, outputs = self.ends(shapes)
-        whole = replace(self.shape, inputs=inputs, outputs=outputs, bias=bias is not None)
+        whole = self.whole()
         dense = whole.build("meta")
         value = weight_of(multiply(self.method, factors, shapes, whole), whole).to(weight.dtype).contiguous()
         dense.weight = nn.Parameter(value, requires_grad=weight.requires_grad)
@@ -166,9 +181,22 @@ class FactorizedTrain(Factorized):
         """Return the bias Parameter of the layer, if it has one."""
         return self.bias
 
+    def parts(self) -> tuple[LayerShape, ...]:
+        """Return the shapes of the factors, with how often each runs."""
+        return factor_shapes(self.whole(), self.method, self.ranks)
+
     def ends(self, shapes: Sequence[LayerShape]) -> tuple[int, int]:
         """Return inputs and outputs of the layer, which stay what they were."""
         return self.shape.inputs, self.shape.outputs
+
+
+def shape_now(layer: nn.Module) -> LayerShape:
+    """Return the shape of a layer; of factors that of the layer they make.
+
+    >>> shape_now(Factorized(LayerShape("linear", 4, 3), "svd", (2,))) == shape_now(nn.Linear(4, 3, bias=False))
+    True
+    """
+    return layer.whole() if isinstance(layer, Factorized) else shape_of(layer)
 
 
 def dense_of(layer: nn.Module) -> nn.Module:

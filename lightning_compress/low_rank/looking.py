@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core.isolation import batch_size_of, evaluating
 from lightning_compress.core.patches import CONVOLUTIONS, layer_patches, padded
+from lightning_compress.low_rank.layers import shape_now
 from lightning_compress.low_rank.matrix import as_float
 from lightning_compress.low_rank.moments import Moment, Seeing
 from lightning_compress.low_rank.shapes import own_tensors, shape_of
@@ -70,8 +71,9 @@ def look(
     with ExitStack() as stack, torch.no_grad():
         stack.enter_context(evaluating(model))
         for path, layer in layers.items():
-            more = -(-_enough(layer) // max(1, len(inputs))) if path in gather else 0
-            hook = partial(_watch, seen.setdefault(path, Seen()), (rows, more), generators)
+            like = shape_now(layer).build("meta")
+            more = -(-_enough(like) // max(1, len(inputs))) if path in gather else 0
+            hook = partial(_watch, seen.setdefault(path, Seen()), (rows, more), generators, like)
             stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for batch in inputs:
             run(model, batch)
@@ -94,21 +96,23 @@ def _watch(
     mine: Seen,
     counts: tuple[int, int],
     generators: tuple[torch.Generator, ...],
+    like: nn.Module,
     layer: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
+    """Remember what a layer is called with; ``like`` has its shape, and is one layer where that is factors."""
     given = args[0] if args else kwargs.get("input")
     if not isinstance(given, Tensor):
         return
-    mine.calls.append(_size(layer, given))
+    mine.calls.append(_size(like, given))
     rows, more = counts
     if rows:
-        kept = sample_rows(layer, given.detach(), rows, generators[0])
+        kept = sample_rows(like, given.detach(), rows, generators[0])
         mine.rows = kept if mine.rows is None else torch.cat([mine.rows, kept], dim=-2 if kept.dim() > 1 else 0)
     if more:
         mine.seeing = mine.seeing or Seeing()
-        mine.seeing.add(as_float(sample_rows(layer, given.detach(), more, generators[1])))
+        mine.seeing.add(as_float(sample_rows(like, given.detach(), more, generators[1])))
 
 
 def _size(layer: nn.Module, given: Tensor) -> tuple[int, ...]:

@@ -18,9 +18,9 @@ from lightning_compress.low_rank.choice import divide, grows, own_ranks, smalles
 from lightning_compress.low_rank.decompose import weighs_outputs
 from lightning_compress.low_rank.factors import Factors
 from lightning_compress.low_rank.goals import Goal
+from lightning_compress.low_rank.layers import shape_now
 from lightning_compress.low_rank.looking import Seen, look
 from lightning_compress.low_rank.selection import takes_norm
-from lightning_compress.low_rank.shapes import shape_of
 from lightning_compress.low_rank.tables import Decision, Table, in_steps, table_of
 
 
@@ -68,12 +68,12 @@ class Layers:
             seen, how = self.seen.get(path, Seen()), self.settings[path]
             norm = how.batch_norm and takes_norm(layer)
             table = table_of(path, layer, self.methods[path], seen.sizes, seen.rows, norm, smallest_only, seen.moments)
-            self.tables[path] = in_steps(table, shape_of(layer).groups, how.round_to)
+            self.tables[path] = in_steps(table, shape_now(layer).groups, how.round_to)
             seen.rows = None
 
     def _keeps_outputs(self, path: str) -> bool:
         how, layer = self.settings[path], self.modules[path]
-        return how.keep == "outputs" and weighs_outputs(shape_of(layer), self.methods[path])
+        return how.keep == "outputs" and weighs_outputs(shape_now(layer), self.methods[path])
 
     def uncalled(self, path: str) -> bool:
         """Return whether the model was run and did not call a layer."""

@@ -95,9 +95,9 @@ class RankSearch:
     def made(self, model: nn.Module) -> bool:
         """Return whether a model has the factors that were decided for, at the same places."""
         layers = named_layers(model)
-        wanted = {path: decision.ranks for path, decision in self.decisions.items()}
+        wanted = {path: decision.ranks for path, decision in self.decisions.items() if decision.ranks}
         there = {path: getattr(layers[path], "ranks", ()) for path in wanted if path in layers}
-        return any(wanted.values()) and there == wanted
+        return bool(wanted) and there == wanted and all(path in layers for path in self.decisions)
 
     def measure(self, models: Sequence[nn.Module], inputs: Any, seconds: float) -> list[list[float]]:
         """Return milliseconds of each model in every round."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
-from lightning_compress.core.paths import clean_path
+from lightning_compress.core.paths import clean_path, named_layers
 from lightning_compress.core.select import Select, Selection
 from lightning_compress.low_rank.decompose import best_method, why_not
 from lightning_compress.low_rank.factors import Factors
-from lightning_compress.low_rank.layers import Factorized, norm_reason
-from lightning_compress.low_rank.shapes import LAYERS, shape_of
+from lightning_compress.low_rank.layers import Factorized, norm_reason, shape_now
+from lightning_compress.low_rank.shapes import LAYERS
 
 OTHERS: tuple[type[nn.Module], ...] = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
 """Layers with weights that have no factorized form; the plan names them."""
@@ -19,6 +19,9 @@ OTHERS: tuple[type[nn.Module], ...] = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadA
 
 def find_layers(model: nn.Module, select: Select, factors: Factors) -> tuple[Selection, dict[str, str]]:
     """Return the selected layers that can be factorized, and the method for each.
+
+    What is factorized already counts as the one layer that its factors make, with the method that made them, unless the
+    selection names single factors.
 
     Raises:
         SelectionError: If nothing is selected, or a rule names a layer that cannot be factorized.
@@ -28,7 +31,7 @@ def find_layers(model: nn.Module, select: Select, factors: Factors) -> tuple[Sel
     >>> methods, list(selection.left)
     ({'0': 'svd'}, ['1', '2'])
     """
-    found = select.resolve(model, (*LAYERS, *OTHERS))
+    found = _lift(model, select, select.resolve(model, (*LAYERS, *OTHERS)))
     shared, packed = _tied(model), _read_elsewhere(model)
     left = dict(found.left)
     reasons = {path: _reason(layer, shared, packed) for path, layer in found.layers.items()}
@@ -39,11 +42,36 @@ def find_layers(model: nn.Module, select: Select, factors: Factors) -> tuple[Sel
         why = reasons[path]
         if not why:
             method = settings[path].method
+            own = layer.method if isinstance(layer, Factorized) else "auto"
+            method = own if method == "auto" else method
             why = why_not(layer, method)
             methods |= {} if why else {path: best_method(layer) if method == "auto" else method}
         if why:
             left[path] = f"kept: {why}"
     return Selection({path: found.layers[path] for path in methods}, left), methods
+
+
+def _lift(model: nn.Module, select: Select, found: Selection) -> Selection:
+    """Put factorized layers in place of their factors, as far as ``include`` means them as a whole."""
+    factors = {path: layer for path, layer in named_layers(model).items() if isinstance(layer, Factorized)}
+    if not factors:
+        return found
+    meant = Select(include=select.include).resolve(model).layers
+    whole = [path for path in factors if path in meant and not any(_around(path, factors.keys() & meant.keys()))]
+    layers: dict[str, nn.Module] = {}
+    left: dict[str, str] = {}
+    for path, why in found.left.items():
+        left[next(_around(path, whole), path)] = why
+    for path, layer in found.layers.items():
+        owner = next(_around(path, whole), path)
+        if owner not in left:
+            layers[owner] = factors.get(owner, layer)
+    return Selection(layers, left)
+
+
+def _around(path: str, owners: Iterable[str]) -> Iterator[str]:
+    """Yield those of some modules that contain a layer."""
+    return (owner for owner in owners if path.startswith(f"{owner}."))
 
 
 def takes_norm(layer: nn.Module) -> bool:
@@ -52,7 +80,7 @@ def takes_norm(layer: nn.Module) -> bool:
     >>> takes_norm(nn.Conv2d(3, 4, 3)), takes_norm(nn.Linear(3, 4))
     (True, False)
     """
-    return not norm_reason(shape_of(layer))
+    return not norm_reason(shape_now(layer))
 
 
 def _reason(layer: nn.Module, shared: Mapping[int, str], packed: Mapping[int, str]) -> str:
@@ -60,7 +88,7 @@ def _reason(layer: nn.Module, shared: Mapping[int, str], packed: Mapping[int, st
         return f"{type(layer).__name__} reads its weights itself, factors would not be called"
     if id(layer) in packed:
         return packed[id(layer)]
-    return next((shared[id(own)] for own in layer.parameters(recurse=False) if id(own) in shared), "")
+    return next((shared[id(own)] for own in layer.parameters() if id(own) in shared), "")
 
 
 def _tied(model: nn.Module) -> dict[int, str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.low_rank.costs import cost, total
 from lightning_compress.low_rank.errors import Profile, error_profile
-from lightning_compress.low_rank.layers import Factorized, factor_shapes, norm_reason
+from lightning_compress.low_rank.layers import Factorized, dense_of, factor_shapes, norm_reason
 from lightning_compress.low_rank.methods import Ranks, method_named
 from lightning_compress.low_rank.moments import Moment
 from lightning_compress.low_rank.shapes import LayerShape, shape_of
@@ -97,9 +97,11 @@ def table_of(
 ) -> Table:
     """Return the candidates of a layer, without those that would be larger or do more operations than the layer.
 
+    Of factors they are smaller factors of the layer that these make.
+
     Args:
         path: Where it is.
-        layer: A layer that the method fits.
+        layer: A layer that the method fits, or factors of one.
         method: Its name, not ``"auto"``.
         sizes: Spatial sizes of its inputs at each call; of Linear the rows of one sample.
         rows: What it sees, to weigh errors with.
@@ -111,13 +113,14 @@ def table_of(
     >>> table.ranks, table.macs.tolist()
     (((1,), (2,), (3,), ()), [16.0, 32.0, 48.0, 64.0])
     """
-    shape = shape_of(layer)
+    dense = dense_of(layer)
+    shape = shape_of(dense)
     if smallest_only:
         profile = Profile([(shape.groups,) * len(method_named(method).full_ranks(shape))], np.ones(1), [])
     else:
-        profile = error_profile(layer, method, rows, moments)
+        profile = error_profile(dense, method, rows, moments)
     ranks, errors, directions = profile
-    costs = np.vstack([_costs_at(shape, method, ranks, sizes, batch_norm), _cost(shape, (shape,), sizes)])
+    costs = np.vstack([_costs_at(shape, method, ranks, sizes, batch_norm), cost_now(layer, sizes)])
     found = Table(path, method, (*ranks, ()), costs[:, 0], costs[:, 1], costs[:, 2], np.append(errors, 0.0))
     smaller = found.parameters < found.parameters[-1]
     found = found.only(smaller, "it would be larger at every rank")
@@ -163,20 +166,43 @@ def _cost(whole: LayerShape, factors: Sequence[LayerShape], sizes: Sizes, batch_
     return np.array([read, macs, macs + other], float)
 
 
+def cost_now(layer: nn.Module, sizes: Sizes = ()) -> Numbers:
+    """Return parameters, operations and modelled time of a layer as it is, factorized or not.
+
+    >>> cost_now(nn.Linear(8, 8, bias=False), [(1,)])[:2].tolist()
+    [64.0, 64.0]
+    """
+    if isinstance(layer, Factorized):
+        return _cost(layer.whole(), layer.parts(), sizes, layer.batch_norm)
+    return _cost(shape_of(layer), (shape_of(layer),), sizes)
+
+
 def sizes_of(layer: nn.Module, decision: Decision | None = None, batch_norm: bool = False) -> tuple[int, int]:
     """Return the parameters of a layer before and after it becomes, or became, factors.
 
     >>> sizes_of(nn.Linear(8, 8, bias=False), Decision("svd", (2,)))
     (64, 32)
     """
-    if isinstance(layer, Factorized):
-        return layer.shape.parameters, sum(parameter.numel() for parameter in layer.parameters())
+    whole = layer.shape if isinstance(layer, Factorized) else None
     if decision is None or not decision.ranks:  # it stays, and may be a layer of another method by now
-        count = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
-        return count, count
-    shape = shape_of(layer)
+        count = sum(parameter.numel() for parameter in layer.parameters(recurse=whole is not None))
+        return whole.parameters if whole is not None else count, count
+    shape = whole or shape_of(layer)
     norm = batch_norm and not norm_reason(shape)
     return shape.parameters, cost(shape, decision.method, decision.ranks, batch_norm=norm).parameters
+
+
+def count_weights(layer: nn.Module) -> tuple[int, int]:
+    """Return the numbers that a layer multiplies with, before and after it became factors; no bias, no batch norm.
+
+    >>> count_weights(Factorized(LayerShape("linear", 8, 8, bias=True), "svd", (2,)))
+    (64, 32)
+    """
+    if not isinstance(layer, Factorized):
+        count = sum(tensor.numel() for name, tensor in layer.named_parameters(recurse=False) if name != "bias")
+        return count, count
+    before, *after = (part.parameters - (part.outputs if part.bias else 0) for part in (layer.shape, *layer.parts()))
+    return before, sum(after)
 
 
 def shape_text(shape: LayerShape) -> str:

@@ -39,6 +39,7 @@ from lightning_compress import (
     Ternarization,
     WeightSharing,
     ZeroChannelRemoval,
+    apply,
     register_kind,
 )
 from lightning_compress.data.order import ResumableLoader
@@ -295,6 +296,13 @@ def teacher_of(net: str) -> nn.Module:
         return Task(net)
 
 
+def _begun(task: Task) -> Task:
+    """Return a task with the factors that a first round made."""
+    for name, method, rank in _BEGUN:
+        apply(task, Edit("replace", f"net.{name}", "low_rank", {"method": method, "ranks": [rank]}))
+    return task
+
+
 def _under(net: str, *layers: str) -> dict[str, Any]:
     losses = {"kd": Term(KnowledgeDistillation(), 0.5), "hint": Term(FitNetsHints(), 0.1, pairs=list(layers))}
     return {"teacher": teacher_of(net), "losses": losses, "temperature": Ramp(6.0, 2.0)}
@@ -332,6 +340,8 @@ _HIDDEN = ("net.layers.1", "net.layers.3")
 _MIDDLE = ("net.depthwise", "net.grouped")
 _CONV3D = Select(types=("Conv3d",))
 _FACTORED = tuple(("replace", f"net.{name}") for name in ("stem", "grouped", "head"))
+_BEGUN = (("stem", "spatial_svd", 3), ("grouped", "svd", 4), ("head", "svd", 3))
+"""Layers of ``Mixed``, the method of their first factors, and the rank."""
 _NOTHING = lambda: IterativePruning(0.5, Select(types=("Conv3d",)))  # noqa: E731
 
 ROWS = (
@@ -692,6 +702,15 @@ ROWS = (
             beside=beside,
         )
         for name, wrap, beside in (_distilled("Mixed"), _beside_distillation("Mixed"))
+    ),
+    Row(
+        "low_rank_in_rounds",
+        lambda: LowRank(factors=2, when="before"),
+        "Mixed",
+        "compress/parameters",
+        (*_FACTORED, *_FACTORED),
+        nothing=lambda: LowRank(factors=2, select=_CONV3D),
+        wrap=_begun,
     ),
     Row(
         "low_rank_after_distilled",

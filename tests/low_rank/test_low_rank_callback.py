@@ -194,18 +194,63 @@ def test_compiled_parts_and_nested_modules() -> None:
     assert [edit.path for edit in journal_of(done)] == ["net.layers.1", "net.layers.3"]
 
 
-def test_factors_can_be_factorized_again() -> None:
+def test_factors_become_smaller_factors_of_the_same_layer(tmp_path: Any) -> None:
     net = small()
     once = compress(net, LowRank(2.0))
-    twice = compress(once, LowRank(2.0))
-    assert size(twice) <= size(net) / 4
-    assert any(".factors." in edit.path for edit in journal_of(twice))
-    bare = lc.load_compressed  # a reload replays both rounds
-    assert callable(bare)
-    fresh = small()
-    lc.install_hooks(fresh)
-    fresh.load_state_dict(twice.state_dict())
-    assert torch.equal(fresh.eval()(IMAGES), twice.eval()(IMAGES))
+    method = LowRank(2.0, batches=[IMAGES])
+    twice = compress(once, method, example_inputs=IMAGES)
+    assert size(twice) <= size(once) / 2
+    assert not any(".factors." in edit.path for edit in journal_of(twice))
+    factors = [layer for layer in twice.modules() if isinstance(layer, Factorized)]
+    assert factors
+    assert not any(isinstance(part, Factorized) for layer in factors for part in layer.layers())
+    assert "times fewer; biases and norms not counted" in method.plan_text
+    lc.save_compressed(twice, tmp_path / "twice.safetensors")  # a reload replays both rounds
+    again = lc.load_compressed(small(), tmp_path / "twice.safetensors")
+    assert torch.equal(again.eval()(IMAGES), twice.eval()(IMAGES))
+
+
+def test_smaller_factors_are_those_of_what_the_larger_ones_make() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(24, 20))
+    once = compress(net, LowRank(factors=12))
+    straight, twice = compress(net, LowRank(factors=5)), compress(once, LowRank(factors=5))
+    assert twice[0].ranks == (5,)
+    expected, found = straight[0].to_dense(), twice[0].to_dense()
+    assert torch.allclose(found.weight, expected.weight, atol=1e-6)
+    assert torch.equal(found.bias, net[0].bias)
+
+
+def test_what_factors_save_counts_from_what_they_are_now() -> None:
+    once = compress(small(), LowRank(factors={"rank": {"ratio": 2}}))
+    before = {path: size(layer) for path, layer in once.named_modules() if isinstance(layer, Factorized)}
+    method = LowRank(factors={"rank": {"ratio": 2}})
+    twice = compress(once, method)
+    after = {path: size(layer) for path, layer in twice.named_modules() if isinstance(layer, Factorized)}
+    assert any(after[path] < before[path] for path in before)
+    assert all(after[path] <= before[path] / 2 or after[path] == before[path] for path in before)
+    method = LowRank(factors=8)
+    compress(compress(small(), LowRank(factors=8)), method)
+    assert "stays: its rank is [8] already" in method.plan_text
+
+
+def test_single_factors_can_be_named(tmp_path: Any) -> None:
+    once = compress(small(), LowRank(factors=8, select=Select(include="6")))
+    twice = compress(once, LowRank(factors=3, select=Select(include="6.factors.0")))
+    assert isinstance(twice[6].factors[0], Factorized)
+    assert torch.allclose(twice[6].to_dense()(torch.ones(1, 800)), twice[6](torch.ones(1, 800)), atol=1e-4)
+    inner = compress(once, LowRank(factors=3, select=Select(include="6.factors.1")))
+    assert torch.allclose(inner[6].to_dense()(torch.ones(1, 800)), inner[6](torch.ones(1, 800)), atol=1e-4)
+
+
+def test_the_last_layer_is_left_alone_as_factors_too() -> None:
+    once = compress(small(), LowRank(factors=4))
+    method = LowRank(factors=2, select=Select(not_last=True))
+    twice = compress(once, method)
+    assert (twice[6].ranks, twice[7].ranks) == ((2,), (4,))
+    assert "the last layer" in method.plan_text
+    types = compress(once, LowRank(factors=2, select=Select(types="Linear")))
+    assert (types[3].ranks, types[6].ranks, types[7].ranks) == ((4,), (2,), (2,))
 
 
 def test_one_callback_object_compresses_further_each_time_it_is_called() -> None:
