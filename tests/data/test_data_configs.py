@@ -25,11 +25,13 @@ def compose(*overrides: str) -> DictConfig:
 
 def test_no_config_is_forgotten():
     assert set(MODELS) == {"digits_cnn", "lenet300", "lenet5", "resnet20", "resnet56", "torchvision", "custom"} | {
+        "caffenet",
         "resnet20_cifar10",
         "perceptron",
         "staged_cnn",
+        "vgg16",
     }
-    shifted = {"digits_shifted", "mnist_shifted", "cifar10_few"}
+    shifted = {"digits_shifted", "mnist_shifted", "cifar10_few", "fake_few"}
     assert set(DATA) == {"cifar10_jpeg", "digits", "fake", "image_folder", "mnist", "custom"} | shifted
 
 
@@ -59,7 +61,8 @@ def test_model_config_builds_a_classifier(name):
 
 @pytest.mark.parametrize("name", [name for name in DATA if name != "custom"])
 def test_data_config_builds_a_data_module(name):
-    extra = ["+model=digits_cnn"] if name == "fake" else ["data.root=somewhere"] if name == "image_folder" else []
+    words = {"fake": "+model=digits_cnn", "fake_few": "+model=digits_cnn", "image_folder": "data.root=somewhere"}
+    extra = [words[name]] if name in words else []
     data = hydra.utils.instantiate(compose(f"+data={name}", *extra).data)
     assert isinstance(data, ImageDataModule)
     assert data.seed == 3

@@ -32,6 +32,8 @@ RATES = {"digits_2to4": 1.7, "digits_optimal_brain": 4, "mnist_lenet300_merge": 
     "deep_compression_lenet300": 40,
     "deep_compression_lenet5": 40,
     "digits_deep_compression": 30,
+    "caffenet_tai": 4.5,
+    "vgg16_tai": 2.5,
 }
 """How many times smaller the file must get at least; structured recipes 2, all others 6 times."""
 SMALLER = {"digits_optimal_brain": ["+model.module.net.width=16"], "resnet20_structured": ["data.batch_size=8"]} | {
@@ -44,6 +46,8 @@ FEW = [f"trainer.limit_{part}_batches=2" for part in ("train", "val", "test")]
 
 def test_no_recipe_is_forgotten() -> None:
     assert set(RECIPES) == {
+        "caffenet_tai",
+        "vgg16_tai",
         "deep_compression_lenet300",
         "deep_compression_lenet5",
         "digits_2to4",
