@@ -33,10 +33,12 @@ RATES = {"digits_2to4": 1.7, "digits_optimal_brain": 4, "mnist_lenet300_merge": 
     "deep_compression_lenet5": 40,
     "digits_deep_compression": 30,
     "caffenet_tai": 4.5,
+    "resnet20_low_rank": 1.6,
     "vgg16_tai": 2.5,
 }
 """How many times smaller the file must get at least; structured recipes 2, all others 6 times."""
 SMALLER = {"digits_optimal_brain": ["+model.module.net.width=16"], "resnet20_structured": ["data.batch_size=8"]} | {
+    "resnet20_low_rank": ["data.batch_size=8"],
     "distill_resnet20": ["data.per_class=1", "data.data.batch_size=4"],
     "mnist_ssl_lenet5": ["callbacks.group_lasso.threshold=0.99"],
     "prune_distill": ["data.batch_size=8", "callbacks.prune.schedule.every=2%"],
@@ -47,6 +49,7 @@ FEW = [f"trainer.limit_{part}_batches=2" for part in ("train", "val", "test")]
 def test_no_recipe_is_forgotten() -> None:
     assert set(RECIPES) == {
         "caffenet_tai",
+        "resnet20_low_rank",
         "vgg16_tai",
         "deep_compression_lenet300",
         "deep_compression_lenet5",
