@@ -76,7 +76,7 @@ def test_half_the_operations_of(name: str, tmp_path: Path, monkeypatch: pytest.M
 
     before, after = count_macs(net, example).total, count_macs(sliced, example).total
     assert before and after  # noqa: PT018
-    assert after / before == pytest.approx(0.5, rel=0.02)
+    assert after / before == pytest.approx(0.5, rel=0.031)  # multiples of channels may leave 3 % of the goal
     assert after / before <= 0.5
 
     masked = copy.deepcopy(net)
