@@ -79,7 +79,7 @@ def _stages(stages: Sequence[tuple[int, int]]) -> list[nn.Module]:
     for layer in layers:
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+            nn.init.constant_(layer.get_parameter("bias"), 0.0)
     return layers
 
 
