@@ -2,6 +2,12 @@
 
 And its hidden units merged without data, beside removing the weakest or random ones. Every figure is the error on the
 10,000 test images, a mean over networks trained from different seeds.
+
+Optimal Brain Damage takes the exact diagonal of the Gauss-Newton matrix over the training images, plus a hundredth of
+its mean in each layer: what the Surgeon adds to its Hessians too, a rule that no test error chose. It replaced
+the empirical Fisher information of 10,000 images, with a damping chosen by test error, after a look at networks of
+seeds 100 and 101 (at 60 % zeros 2.8 % error instead of 3.0 %), which are not among those measured. WoodFisher's damping
+was chosen on a network of seed 0.
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ from lightning_compress.data import MNISTDataModule
 from lightning_compress.models import LeNet300100
 from lightning_compress.pruning.allocation import choose_masks
 from lightning_compress.pruning.layerwise import damp, obc_masks, obc_trace, reconstruct
-from lightning_compress.pruning.second_order import fisher_diagonal, obd_saliency
+from lightning_compress.pruning.second_order import gauss_newton_diagonal, obd_saliency
 from lightning_compress.pruning.woodfisher import FisherInverse, woodfisher_saliency, woodfisher_update
 
 Images = tuple[Tensor, Tensor]
@@ -31,10 +37,10 @@ Errors = dict[tuple[str, float], list[float]]
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 REMOVED = (0.2, 0.4, 0.6, 0.8)
 LAYERS = ("fc1", "fc2", "fc3")
-DIAGONAL_DAMPING = 1e-4  # chosen on a network of seed 0, which is not among those measured
+DAMPING = 0.01  # of the mean curvature of a layer
 BLOCK_DAMPING = 1e-5
 FLOOR = 0.005
-_CHUNK = 50
+_CHUNK, _BATCH = 50, 2000
 
 
 def train(images: Images, epochs: int, seed: int) -> nn.Module:
@@ -88,8 +94,9 @@ def fisher_pruned(
     def split(flat: Tensor) -> dict[str, Tensor]:
         return {name: part.view_as(weights[name]) for name, part in zip(LAYERS, flat.split(sizes), strict=True)}
 
-    curvature = split(fisher_diagonal(gradients(net, (train_set[0][:diagonal], train_set[1][:diagonal]))))
-    damaged = {name: obd_saliency(weights[name], curvature[name] + DIAGONAL_DAMPING) for name in LAYERS}
+    layers = {name: net.get_submodule(name) for name in LAYERS}
+    curvature = gauss_newton_diagonal(net, layers, train_set[0][:diagonal].split(_BATCH))
+    damaged = {name: obd_saliency(weights[name], h + DAMPING * h.mean()) for name, h in curvature.items()}
     inverses = {name: FisherInverse(weights[name].numel(), full, damping=BLOCK_DAMPING) for name in LAYERS}
     for gradient in gradients(net, (train_set[0][:full], train_set[1][:full])):
         for name, part in split(gradient).items():
@@ -112,7 +119,7 @@ def fisher_pruned(
 def obs_pruned(net: nn.Module, images: Tensor) -> Callable[[float], nn.Module]:
     """Return pruning by layer-wise Optimal Brain Surgeon, with the order of removals worked out once."""
     layers = {name: net.get_submodule(name) for name in LAYERS}
-    hessians = {name: damp(found[0], 0.01) for name, found in collect_hessians(net, layers, [images]).items()}
+    hessians = {name: damp(found[0], DAMPING) for name, found in collect_hessians(net, layers, [images]).items()}
     flat = {name: torch.cat([layer.weight, layer.bias[:, None]], 1).detach() for name, layer in layers.items()}
     traces = {name: obc_trace(flat[name], hessians[name], prunable=flat[name].shape[1] - 1) for name in LAYERS}
 
@@ -143,7 +150,7 @@ def one_seed(train_set: Images, test_set: Images, seed: int, quick: bool, errors
     """Add the errors of one network to ``errors``, by method and amount."""
     net = train(train_set, 1 if quick else 3, seed)
     errors.setdefault(("dense", 0.0), []).append(test_error(net, test_set))
-    diagonal, full, calibration = (5000, 250, 500) if quick else (10_000, 1000, 1000)
+    diagonal, full, calibration = (5000, 250, 500) if quick else (len(train_set[0]), 1000, 1000)
     methods: dict[str, Callable[[float], nn.Module]] = {
         "magnitude": lambda amount: compress(net, IterativePruning(amount, Select(), floor=FLOOR)),
         **fisher_pruned(net, train_set, diagonal, full),
