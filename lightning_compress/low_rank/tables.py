@@ -201,8 +201,9 @@ def count_weights(layer: nn.Module) -> tuple[int, int]:
     if not isinstance(layer, Factorized):
         count = sum(tensor.numel() for name, tensor in layer.named_parameters(recurse=False) if name != "bias")
         return count, count
-    before, *after = (part.parameters - (part.outputs if part.bias else 0) for part in (layer.shape, *layer.parts()))
-    return before, sum(after)
+    shape = layer.shape  # factors may be quantized or pruned by now, which their own shape does not say
+    before = shape.parameters - (shape.outputs if shape.bias else 0)
+    return before, sum(count_weights(part)[1] for part in layer.layers())
 
 
 def shape_text(shape: LayerShape) -> str:

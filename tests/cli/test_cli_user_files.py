@@ -83,7 +83,14 @@ def test_training_starts_from_given_weights_without_counters(
     assert trained["net.2.num_batches_tracked"] == 2
 
 
+_ONE_LINEAR = [
+    "select@callbacks.low_rank.select=all",
+    "~callbacks.low_rank.factors",
+    "+callbacks.low_rank.factors={rank: 2}",
+]
 OF_ITS_NETWORK = {
+    "caffenet_tai": _ONE_LINEAR,
+    "vgg16_tai": _ONE_LINEAR,
     "resnet20_structured": ['callbacks.structured.select.include=["*"]'],
     "distill_resnet20": ["model.checkpoint=null"],
     "mnist_ssl_lenet5": ["~callbacks.group_lasso.rules", "select@callbacks.group_lasso.select=all"],

@@ -247,7 +247,8 @@ def set_table(text: str) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (set_tensor("net.weight", ["bitmap", {"shape": [10**12]}]), "bitmap of 256 bytes"),
+        (set_tensor("net.weight", ["bitmap", {"shape": [10**12]}]), "would take 4000000000112 bytes"),
+        (set_tensor("net.weight", ["bitmap", {"shape": [64, 64]}]), "bitmap of 256 bytes"),
         (set_tensor("net.weight", ["bitmap", {"shape": [10**30]}]), "`shape` must be"),
         (set_tensor("net.weight", ["bitmap", {"shape": [64, 32], "dtype": "float128"}]), "unknown `dtype`"),
         (set_tensor("net.weight", ["magic", {}]), "unknown packing 'magic'"),

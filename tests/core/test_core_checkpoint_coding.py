@@ -63,7 +63,7 @@ def test_a_shape_of_terabytes_is_refused_before_anything_is_allocated(tmp_path: 
     header = int.from_bytes(content[:8], "little")
     padded = longer[: 8 + header + grown] + b" " * (-grown % 8) + longer[8 + header + grown :]
     (tmp_path / "bomb").write_bytes(resigned((header + grown + -grown % 8).to_bytes(8, "little") + padded[8:]))
-    with pytest.raises(ArtifactError, match=r"has shape \[10000000, 999\] in the file"):
+    with pytest.raises(ArtifactError, match="would take 39960000000 bytes of memory"):
         load_compressed(nn.Linear(100, 100, bias=False), tmp_path / "bomb")
 
 

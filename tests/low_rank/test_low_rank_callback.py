@@ -369,7 +369,7 @@ def test_models_without_factorizable_layers_are_refused() -> None:
 def test_a_measured_latency_is_met_and_recorded() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(1500, 1500), nn.ReLU(), nn.Linear(1500, 1500), nn.ReLU(), nn.Linear(1500, 8))
-    method = LowRank(latency={"share": 0.6, "seconds": 2.0})
+    method = LowRank(latency={"share": 0.85, "seconds": 2.0})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a busy machine may miss it
         done = compress(net, method, example_inputs=torch.randn(4, 1500))

@@ -33,6 +33,8 @@ RATES = {"digits_2to4": 1.7, "digits_optimal_brain": 4, "mnist_lenet300_merge": 
     "deep_compression_lenet5": 40,
     "digits_deep_compression": 30,
     "caffenet_tai": 4.5,
+    "digits_low_rank": 3,
+    "mnist_lenet5_low_rank": 4,
     "resnet20_low_rank": 1.6,
     "vgg16_tai": 2.5,
 }
@@ -49,6 +51,8 @@ FEW = [f"trainer.limit_{part}_batches=2" for part in ("train", "val", "test")]
 def test_no_recipe_is_forgotten() -> None:
     assert set(RECIPES) == {
         "caffenet_tai",
+        "digits_low_rank",
+        "mnist_lenet5_low_rank",
         "resnet20_low_rank",
         "vgg16_tai",
         "deep_compression_lenet300",
