@@ -10,7 +10,21 @@ from torch import nn
 from lightning_compress.core.errors import ConfigurationError
 
 
-class CaffeNet(nn.Module):
+class _Features(nn.Module):
+    """Convolutions, an average of their outputs over a square, and linear layers."""
+
+    def __init__(self, features: nn.Sequential, channels: int, side: int, hidden: int | None, num_classes: int) -> None:
+        super().__init__()
+        side = 1 if hidden is None else side
+        self.features, self.avgpool = features, nn.AdaptiveAvgPool2d(side)
+        self.classifier = _classifier(channels * side**2, hidden, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Map images (batch, 3, h, w), at least 32 pixels a side, to logits (batch, num_classes)."""
+        return self.classifier(self.avgpool(self.features(images)).flatten(1))
+
+
+class CaffeNet(_Features):
     """AlexNet as Caffe defines it: five convolutions, of which the second, fourth and fifth see two groups.
 
     Args:
@@ -25,24 +39,17 @@ class CaffeNet(nn.Module):
     """
 
     def __init__(self, num_classes: int = 1000, hidden: int | None = 4096) -> None:
-        super().__init__()
-        self.features = nn.Sequential(
+        features = nn.Sequential(
             *(nn.Conv2d(3, 96, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2), nn.LocalResponseNorm(5)),
             *(nn.Conv2d(96, 256, 5, padding=2, groups=2), nn.ReLU(), nn.MaxPool2d(3, 2), nn.LocalResponseNorm(5)),
             *(nn.Conv2d(256, 384, 3, padding=1), nn.ReLU()),
             *(nn.Conv2d(384, 384, 3, padding=1, groups=2), nn.ReLU()),
             *(nn.Conv2d(384, 256, 3, padding=1, groups=2), nn.ReLU()),
         )
-        side = 1 if hidden is None else 6
-        self.avgpool = nn.AdaptiveAvgPool2d(side)
-        self.classifier = _classifier(256 * side**2, hidden, num_classes)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Map images (batch, 3, h, w), at least 31 pixels a side, to logits (batch, num_classes)."""
-        return self.classifier(self.avgpool(self.features(images)).flatten(1))
+        super().__init__(features, 256, 6, hidden, num_classes)
 
 
-class VGG16(nn.Module):
+class VGG16(_Features):
     """The VGG network with thirteen 3x3 convolutions, named as in torchvision, whose weights fit.
 
     Args:
@@ -57,15 +64,8 @@ class VGG16(nn.Module):
     """
 
     def __init__(self, num_classes: int = 1000, hidden: int | None = 4096) -> None:
-        super().__init__()
-        self.features = nn.Sequential(*_stages(((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))))
-        side = 1 if hidden is None else 7
-        self.avgpool = nn.AdaptiveAvgPool2d(side)
-        self.classifier = _classifier(512 * side**2, hidden, num_classes)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Map images (batch, 3, h, w), at least 32 pixels a side, to logits (batch, num_classes)."""
-        return self.classifier(self.avgpool(self.features(images)).flatten(1))
+        features = nn.Sequential(*_stages(((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))))
+        super().__init__(features, 512, 7, hidden, num_classes)
 
 
 def _stages(stages: Sequence[tuple[int, int]]) -> list[nn.Module]:
