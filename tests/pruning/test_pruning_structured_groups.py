@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from lightning_compress import ConfigurationError, SelectionError, StructuredPru
 from lightning_compress.pruning.structured import channel_importance, recalibrate_batch_norm
 from lightning_compress.pruning.structured.budget import costs_of
 from lightning_compress.pruning.structured.limits import Limit
-from lightning_compress.pruning.structured.widths import choose_cuts
+from lightning_compress.pruning.structured.widths import choose_widths, lowest
 
 
 class Joined(nn.Module):
@@ -172,6 +173,12 @@ def test_limits_and_scopes() -> None:
         tuple((c, ((s, {n: 1.0}),)) for n, (c, ((s, _),)) in zip("ab", costs.parts, strict=True)),
         {"a": 4, "b": 4},
     )
+
+    def choose_cuts(
+        scores: Any, target: float, costs: Any, scope: str = "global", gone: Any = None, **more: Any
+    ) -> Any:
+        return lowest(scores, choose_widths(scores, target, costs, scope, gone=gone, **more), gone)
+
     assert choose_cuts(scores, 0.75, costs) == {"a": [0, 1]}
     assert choose_cuts(scores, 0.75, costs, "layer") == {"a": [0], "b": [0]}
     assert choose_cuts(scores, 0.5, costs, limits=dict.fromkeys("ab", Limit(floor=0.5))) == {"a": [0, 1], "b": [0, 1]}

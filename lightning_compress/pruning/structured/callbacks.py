@@ -31,7 +31,7 @@ from lightning_compress.pruning.structured.limits import Limit, Limits, as_limit
 from lightning_compress.pruning.structured.ranking import Ranking, as_ranking
 from lightning_compress.pruning.structured.roles import SELECTABLE
 from lightning_compress.pruning.structured.trace import coupled_groups
-from lightning_compress.pruning.structured.widths import choose_cuts, choose_widths, lowest
+from lightning_compress.pruning.structured.widths import choose_widths, lowest
 
 
 class StructuredPruning(CompressionCallback):
@@ -162,13 +162,13 @@ class StructuredPruning(CompressionCallback):
         if self._search is None:
             counted, beside = self._counted, self._beside
             scope, limits = self.ranking.scope, self._limits
-            self._cuts = choose_cuts(scores, 1 - amount, counted, scope, limits, self._cuts, done, beside)
+            widths = choose_widths(scores, 1 - amount, counted, scope, limits, self._cuts, done, beside)
         else:
             self._solve(self._search, scores)
             widths = {
                 g.name: g.channels - round(done * (g.channels - self._search.widths[g.name])) for g in self._groups
             }
-            self._cuts = lowest(scores, widths, self._cuts)
+        self._cuts = lowest(scores, widths, self._cuts)
         self._seen = {}
         self.enforce(layers)
 

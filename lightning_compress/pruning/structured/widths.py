@@ -88,25 +88,6 @@ def _divided(limit: Limit, divisor: int) -> Limit:
     return replace(limit, round_to=max(1, limit.round_to // divisor)) if limit.yields else limit
 
 
-def choose_cuts(
-    scores: Mapping[str, Tensor],
-    target: float,
-    costs: Costs,
-    scope: str = "global",
-    limits: Mapping[str, Limit] | None = None,
-    gone: Cuts | None = None,
-    progress: float = 1.0,
-    beside: Costs | None = None,
-) -> dict[str, list[int]]:
-    """Return the channels to remove, in order, by group; arguments as in :func:`choose_widths`.
-
-    >>> costs = Costs(4.0, ((2.0, ((2, {"a": 1.0}),)), (2.0, ((2, {"b": 1.0}),))), {"a": 2, "b": 2})
-    >>> choose_cuts({"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([4.0, 2.0])}, 0.75, costs)
-    {'a': [1]}
-    """
-    return lowest(scores, choose_widths(scores, target, costs, scope, limits, gone, progress, beside), gone)
-
-
 def lowest(scores: Mapping[str, Tensor], widths: Mapping[str, int], gone: Cuts | None = None) -> dict[str, list[int]]:
     """Return the channels with the lowest scores, all but so many of each group; those that are gone come first.
 
