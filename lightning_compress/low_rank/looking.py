@@ -30,12 +30,14 @@ class Seen:
         rows: What single outputs see: (groups, n, in) as in ``layer_patches``; of a transposed convolution what single
             inputs hold, of an embedding the numbers (n,). ``None`` if nothing was kept.
         seeing: Far more of them, as the second moment that they have; ``None`` if nobody asked.
+        finite: Whether all that was kept are numbers, neither NaN nor infinity.
     """
 
     sizes: list[tuple[int, ...]] = field(default_factory=list)
     calls: list[tuple[int, ...]] = field(default_factory=list)
     rows: Tensor | None = None
     seeing: Seeing | None = None
+    finite: bool = True
 
     @property
     def moments(self) -> list[Moment]:
@@ -107,6 +109,8 @@ def _watch(
         return
     mine.calls.append(_size(like, given))
     rows, more = counts
+    if rows or more:
+        mine.finite = mine.finite and bool(given.isfinite().all())
     if rows:
         kept = sample_rows(like, given.detach(), rows, generators[0])
         mine.rows = kept if mine.rows is None else torch.cat([mine.rows, kept], dim=-2 if kept.dim() > 1 else 0)

@@ -66,6 +66,7 @@ class Layers:
         """Find the candidates of every layer, or only the smallest of each, which takes no time."""
         for path, layer in slow(self.modules.items(), "Weighing ranks"):
             seen, how = self.seen.get(path, Seen()), self.settings[path]
+            _require_finite(path, layer, seen)
             norm = how.batch_norm and takes_norm(layer)
             table = table_of(path, layer, self.methods[path], seen.sizes, seen.rows, norm, smallest_only, seen.moments)
             self.tables[path] = in_steps(table, shape_now(layer).groups, how.round_to)
@@ -78,6 +79,19 @@ class Layers:
     def uncalled(self, path: str) -> bool:
         """Return whether the model was run and did not call a layer."""
         return self.asked and path not in self.seen
+
+
+def _require_finite(path: str, layer: nn.Module, seen: Seen) -> None:
+    bad = [name for name, tensor in layer.named_parameters() if not bool(tensor.isfinite().all())]
+    if bad:
+        raise ConfigurationError(
+            f"`{path}.{bad[0]}` holds NaN or infinity, which no factors have; load a checkpoint from before that, or "
+            "leave the layer out with `select`"
+        )
+    if not seen.finite:
+        raise ConfigurationError(
+            f"`batches`: what {path!r} sees on them holds NaN or infinity; give calibration batches without"
+        )
 
 
 def choose_each(layers: Layers, paths: Sequence[str], named: Sequence[str]) -> dict[str, Decision]:

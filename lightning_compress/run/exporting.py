@@ -52,7 +52,7 @@ def read_export(value: Any) -> dict[str, Any] | None:
     try:
         check_target(asked["target"], needs=True)
     except ConfigurationError as error:
-        raise ConfigurationError(f"`export`: {error}. Or set export=null") from error
+        raise ConfigurationError(f"`export`: {error}; or set export=null") from error
     if asked["int4"] and asked["target"] != "onnx":
         raise ConfigurationError(f"`export.int4` is for the target onnx, not for {asked['target']}")
     return asked

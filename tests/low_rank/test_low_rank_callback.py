@@ -400,3 +400,21 @@ def test_terms_are_chosen_with_calibration_data_too() -> None:
     done = compress(net, LowRank(1.05, factors="cp", batches=[IMAGES]), example_inputs=IMAGES)
     assert size(done) <= size(net) / 1.05
     assert done[3].method == "cp"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("factors", [2, {"rank": 2, "keep": "outputs"}, {"rank": {"energy": 0.9}}, "evbmf"])
+def test_numbers_that_are_none_are_named_before_anything_is_computed(bad: float, factors: Any) -> None:
+    batches = [torch.randn(8, 16)]
+    net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    with torch.no_grad():
+        net[2].weight[1, 3] = bad
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ConfigurationError, match=r"`2.weight` holds NaN or infinity"):
+        compress(net, LowRank(factors=factors, batches=batches), inplace=True)
+    assert all(torch.equal(value.nan_to_num(), before[key].nan_to_num()) for key, value in net.state_dict().items())
+    with torch.no_grad():
+        net[2].weight[1, 3] = 0
+    batches[0][3, 5] = bad
+    with pytest.raises(ConfigurationError, match=r"`batches`: what '0' sees on them holds NaN or infinity"):
+        compress(net, LowRank(factors=factors, batches=batches))
