@@ -112,7 +112,8 @@ def read_container(path: str | Path) -> Container:
             text = file.metadata() or {}
             _check_origin(path, text)
             _check_digest(path, header, text)
-            parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            parts = {name: file.get_tensor(name) for name in names}
         metadata = {key: json.loads(value) for key, value in text.items() if key not in ("format", "version", "sha256")}
     except OSError as error:
         raise _refused(path, f"{type(error).__name__}: {error.strerror or error}", "check the path") from error

@@ -72,7 +72,7 @@ def same_randomness() -> Iterator[None]:
             yield
     finally:
         random.setstate(python)
-        np.random.set_state(array)  # noqa: NPY002
+        np.random.set_state(array)  # noqa: NPY002 - as above
 
 
 @contextmanager

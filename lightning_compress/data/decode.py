@@ -148,7 +148,8 @@ def cached_splits(source: Path, size: int | None, cache_dir: Path) -> tuple[Part
 def _read_cache(path: Path) -> tuple[Parts, tuple[str, ...]] | None:
     try:
         with safe_open(path, framework="pt") as file:
-            splits = sorted({key.split(".")[0] for key in file.keys()})  # noqa: SIM118
+            keys = file.keys()
+            splits = sorted({key.split(".")[0] for key in keys})
             parts = {split: (file.get_tensor(f"{split}.x"), file.get_tensor(f"{split}.y")) for split in splits}
             return parts, tuple(file.metadata()["classes"].split("\n"))
     except SafetensorError:

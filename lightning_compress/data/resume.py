@@ -42,7 +42,7 @@ def random_states() -> dict[str, torch.Tensor]:
     True
     """
     _, words, gauss = random.getstate()
-    legacy: dict[str, Any] = np.random.get_state(legacy=False)  # noqa: NPY002
+    legacy: dict[str, Any] = np.random.get_state(legacy=False)  # noqa: NPY002 - users draw from it
     numbers = [*legacy["state"]["key"].tolist(), legacy["state"]["pos"], legacy["has_gauss"]]
     states = {
         "python": torch.tensor(words, dtype=torch.int64),
@@ -66,7 +66,7 @@ def set_random_states(states: dict[str, torch.Tensor]) -> None:
     random.setstate((3, tuple(states["python"].tolist()), None if np.isnan(gauss) else gauss))
     *key, position, has_gauss = states["numpy"].tolist()
     cached = float(states["numpy_gauss"])
-    np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002 - as above
     # Copies: a view that starts inside a larger tensor crashes torch.set_rng_state.
     torch.set_rng_state(states["torch"].cpu().clone())
     if "cuda" in states and torch.cuda.is_available():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -133,7 +133,7 @@ def length_of(loader: DataLoader[Any]) -> int:
     Raises:
         ConfigurationError: If there are none.
     """
-    length = len(loader.dataset)  # type: ignore[arg-type]
+    length = len(cast(Sized, loader.dataset))
     if length == 0:
         raise ConfigurationError("`loader` reads an empty data set; there is nothing to cache")
     return length

@@ -98,8 +98,8 @@ def _partners(pattern: str, matched: list[tuple[str, tuple[str, ...]]], names: S
     if "*" in path and path.count("*") == len(matched[0][1]):
         partners = []
         for spec, groups in matched:
-            texts = iter(groups)
-            name = re.sub(r"\*", lambda _: next(texts), path)  # noqa: B023 - used at once
+            first, *others = path.split("*")
+            name = first + "".join(text + other for text, other in zip(groups, others, strict=True))
             if name not in names:
                 raise ConfigurationError(
                     f"`pairs`: the student's {spec!r} has no partner {name!r} in the teacher; "

@@ -92,10 +92,10 @@ class ImageClassifier(LightningModule):
         optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
         if self.scheduler is None:
             return optimizer
-        settings: dict[str, Any] = {"scheduler": self.scheduler(optimizer), "interval": self.interval}
+        settings: Any = {"scheduler": self.scheduler(optimizer), "interval": self.interval}
         if isinstance(settings["scheduler"], ReduceLROnPlateau):
             settings["monitor"] = "val/loss"
-        return {"optimizer": optimizer, "lr_scheduler": settings}  # type: ignore[return-value]
+        return {"optimizer": optimizer, "lr_scheduler": settings}
 
     def _evaluate(self, batch: Batch, stage: str, accuracy: MulticlassAccuracy) -> None:
         images, labels = batch

@@ -165,9 +165,9 @@ def make_settings(
 def _changed(given: Assignment, rule: QuantizationRule, name: str) -> Assignment:
     weights, activations = given.weights, given.activations
     if rule.weights != SAME:
-        weights = as_spec(rule.weights, weights or WEIGHT, "weights")  # type: ignore[arg-type]
+        weights = as_spec(rule.weights, weights or WEIGHT, "weights")
     if rule.activations != SAME:
-        activations = as_spec(rule.activations, activations or ACTIVATION, "activations")  # type: ignore[arg-type]
+        activations = as_spec(rule.activations, activations or ACTIVATION, "activations")
     return Assignment(weights, activations, name, given.least if rule.weights == SAME else None)
 
 

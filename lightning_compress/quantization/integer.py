@@ -49,6 +49,7 @@ class IntegerLayer(QuantizedLayer):
         return self.integer_weight()
 
 
+# outside the class: its base annotates `weight` as a Tensor, which a property in the class would not be for mypy
 IntegerLayer.weight = property(lambda self: self.integer_weight())  # type: ignore[assignment]
 
 
@@ -114,7 +115,7 @@ class IntegerMultiheadAttention(ManyIntegers, QuantizedMultiheadAttention):
     """:class:`torch.nn.MultiheadAttention` with integer projections."""
 
     @property
-    def in_proj_weight(self) -> Tensor | None:  # type: ignore[override]
+    def in_proj_weight(self) -> Tensor | None:  # type: ignore[override]  # torch has a Parameter or nothing here
         """The weight of the joint projection as real numbers, if there is one."""
         return self.integer_weights["in_proj_weight"]() if "in_proj_weight" in self.integer_weights else None
 
@@ -174,7 +175,7 @@ def integer_layer(layer: LayerT, weights: Mapping[str, Mapping[str, Any]], bias:
         delattr(holder, attribute)
         if isinstance(layer, ManyWeights):
             del layer.weight_quantizers[name]
-    layer.__class__ = CLASSES[quantized]  # type: ignore[assignment]
+    layer.__class__ = CLASSES[quantized]  # type: ignore[assignment]  # the object stays, and with it ties and hooks
     if isinstance(layer, ManyWeights):
         layer.add_module("integer_weights", nn.ModuleDict(made))
         layer.to(like.device)  # recurrent layers look up what weights they still have
@@ -223,7 +224,7 @@ def fold_away(norm: LayerT) -> LayerT:
     """
     for name, _ in [*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)]:
         delattr(norm, name)
-    norm.__class__ = FoldedBatchNorm  # type: ignore[assignment]
+    norm.__class__ = FoldedBatchNorm  # type: ignore[assignment]  # the object stays, and with it ties and hooks
     return norm
 
 

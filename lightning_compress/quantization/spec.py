@@ -116,7 +116,7 @@ ACTIVATION = QuantizerSpec(bits=8, symmetric=False, per_channel=False, range="mo
 """Unsigned with a zero point, one scale, a moving average of the extremes."""
 
 
-def as_spec(value: QuantizerSpec | Mapping[str, Any] | int | None, default: QuantizerSpec, name: str) -> Any:
+def as_spec(value: QuantizerSpec | Mapping[str, Any] | int | str | None, default: QuantizerSpec, name: str) -> Any:
     """Return a spec from what a user may write: a spec, its arguments beside the defaults, bits, or ``None`` for float.
 
     Args:
