@@ -148,12 +148,12 @@ def measure(part: str, name: str, chosen: Mapping[str, Found], options: argparse
     batches = options.batch or ([1] if options.quick else [1, 16])
     for batch in batches:
         rounds = _QUICK_ROUNDS if options.quick else ROUNDS[name][batch]
-        if part == "times":
-            for layout in options.layout or LAYOUTS:
+        for layout in options.layout or LAYOUTS:
+            if part == "times":
                 rows += time_rows(name, chosen, labels, (layout, batch), rounds, image)
-        else:
-            with inductor.patch(freezing=True):
-                rows += time_rows(name, chosen, labels[:1], ("channels_last", batch), rounds, image, compiled=True)
+            else:
+                with inductor.patch(freezing=True):
+                    rows += time_rows(name, chosen, labels[:1], (layout, batch), rounds, image, compiled=True)
     return rows
 
 
@@ -182,7 +182,9 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(ENTRIES), action="append", help="only these networks")
     parser.add_argument("--part", choices=PARTS, action="append", help="only these; ranks are kept for the others")
-    parser.add_argument("--layout", choices=list(LAYOUTS), action="append", help="only these, of times")
+    parser.add_argument(
+        "--layout", choices=list(LAYOUTS), action="append", help="only these, of times, compiled or not"
+    )
     parser.add_argument("--batch", type=int, choices=(1, 16), action="append", help="only these, of times")
     parser.add_argument("--quick", action="store_true", help="the same code on AlexNet, small images, few rates")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")

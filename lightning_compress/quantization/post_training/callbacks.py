@@ -23,7 +23,7 @@ from lightning_compress.core.select import Select, Selection
 from lightning_compress.quantization.assignment import QuantizationRule, SpecLike, make_settings
 from lightning_compress.quantization.choice import Choice, choose_quantized
 from lightning_compress.quantization.layers import CLASSES, QuantizedLayer
-from lightning_compress.quantization.post_training.mixed import BitGoal, split_goal
+from lightning_compress.quantization.post_training.bit_goal import BitGoal, split_goal
 from lightning_compress.quantization.post_training.procedure import quantize_trained
 from lightning_compress.quantization.post_training.search import divide_bits, with_bits
 from lightning_compress.quantization.post_training.steps import PostTrainingSteps, as_steps

@@ -20,8 +20,8 @@ from lightning_compress.core.isolation import eval_mode
 from lightning_compress.quantization.choice import Choice
 from lightning_compress.quantization.convert import convert_in_place
 from lightning_compress.quantization.post_training.bias import output_means
+from lightning_compress.quantization.post_training.bit_goal import BitGoal
 from lightning_compress.quantization.post_training.bit_lines import Candidates, bit_lines
-from lightning_compress.quantization.post_training.mixed import BitGoal
 from lightning_compress.quantization.post_training.procedure import (
     equalize_layers,
     example_of,
