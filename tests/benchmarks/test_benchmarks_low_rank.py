@@ -108,9 +108,13 @@ def test_trial_networks_have_the_chosen_ranks(toy):
 def test_compiled_networks_are_measured_too(chosen, options):
     rows = {row.case: row for row in table.measure("compiled", "toy", chosen, options)}
     assert set(rows) == {
-        "toy: dense, channels_last, batch 1, compiled and frozen",
-        f"toy: {FIRST}, channels_last, batch 1, compiled and frozen",
-        f"toy: {FIRST}, channels_last, batch 1, compiled and frozen, speed-up",
+        f"toy: {what.format(layout)}"
+        for layout in ("channels_last", "contiguous")
+        for what in (
+            "dense, {}, batch 1, compiled and frozen",
+            f"{FIRST}, {{}}, batch 1, compiled and frozen",
+            f"{FIRST}, {{}}, batch 1, compiled and frozen, speed-up",
+        )
     }
 
 
