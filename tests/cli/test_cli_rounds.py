@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from killing import KILLER, command
 from safetensors.torch import load_file
 
 from lightning_compress.run.folder import RunFolder
-
-ROOT = Path(__file__).resolve().parents[2]
 
 LOTTERY = """
 # @package _global_
@@ -40,24 +36,6 @@ callbacks:
   lottery: {fraction: 0.5, rewind: {step: 3}}
 """
 
-KILLER = """
-import os, signal
-from pathlib import Path
-from lightning.pytorch import Callback
-
-
-class Killer(Callback):
-    '''Kill this process after some batch of the process, once; the victim's name holds the number of that batch.'''
-
-    batches = 0
-
-    def on_train_batch_end(self, *_):
-        Killer.batches += 1
-        victim = Path("victim")
-        if victim.exists() and Killer.batches == int(victim.read_text()):
-            victim.unlink()
-            os.kill(os.getpid(), signal.SIGKILL)
-"""
 
 SPARSE = """
 # @package _global_
@@ -134,12 +112,6 @@ def test_mistakes_are_one_line(words: tuple[str, ...], message: str, run: Any) -
     assert done.code != 0
     assert message in done.err
     assert not Path("run/checkpoints").exists() or not list(Path("run/checkpoints").glob("*.pt"))
-
-
-def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    call = [sys.executable, "-m", "lightning_compress", *words]
-    return subprocess.run(call, cwd=folder, env=environment, text=True, capture_output=True)
 
 
 def prepare(folder: Path) -> None:

@@ -56,6 +56,8 @@ def main(output: Path) -> None:
         resumed = train(row, output / f"{row.name}-resumed", 99, str(output / row.name / "step=3.ckpt"))
         results[row.name] = {"whole": whole, "resumed": resumed}
     torch.save(results, output / f"rank{distributed.get_rank()}.pt")
+    distributed.barrier()  # a rank that leaves while another still talks to it makes that one abort
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

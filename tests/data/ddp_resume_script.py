@@ -68,6 +68,8 @@ def main(folder):
     if len(labels[0]) != 599 or len(labels[1]) != 599 or everyone[0][1][2] == everyone[1][1][2]:
         raise SystemExit("the ranks do not share the data, or not with random streams of their own")
     (folder / f"done-{distributed.get_rank()}").write_text("same")
+    distributed.barrier()  # a rank that leaves while another still talks to it makes that one abort
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -481,6 +481,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
+from torch import distributed
 from torch.utils.data import DataLoader, DistributedSampler
 from test_distillation_cache import CachedDataset, Matching, Student, plain_data
 from lightning_compress import DistillationModule
@@ -494,6 +495,8 @@ trainer.fit(DistillationModule(Student(cache), cache, loss))
 loader = trainer.train_dataloader
 assert isinstance(loader.sampler, DistributedSampler) and isinstance(loader.dataset, CachedDataset)
 assert trainer.callback_metrics["distill/logits_mse"] > 0
+distributed.barrier()  # a rank that leaves while another still talks to it makes that one abort
+distributed.destroy_process_group()
 """
 
 

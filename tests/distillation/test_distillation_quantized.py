@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,13 +42,8 @@ def losses() -> dict[str, Term]:
     return {"kd": Term(KnowledgeDistillation(), 0.9), "hint": Term(FitNetsHints(), 0.5, pairs="net.layer*")}
 
 
-@pytest.mark.parametrize("way", ["module", "callback"])
-@pytest.mark.parametrize("build", FEW_BITS.values(), ids=FEW_BITS.keys())
-def test_a_student_in_few_bits_learns_from_its_dense_self(
-    build: Callable[[], CompressionCallback], way: str, tmp_path: Path
-) -> None:
-    seed_everything(0, verbose=False)
-    student, method = Classifier(dropout=0.0), build()
+def distilled(way: str, student: Any, method: CompressionCallback) -> tuple[Any, Any]:
+    """Train a student under its dense self; return the Trainer and the teacher, which must be what the student was."""
     dense = copied(student)
     if way == "module":
         module = DistillationModule(student, "baseline", losses(), task_weight=0.1)
@@ -58,6 +54,17 @@ def test_a_student_in_few_bits_learns_from_its_dense_self(
         trainer = fit(student, [distill, method], epochs=2)
         teacher = distill.distiller.teacher
     assert same(dense, copied(teacher.module))
+    return trainer, teacher
+
+
+@pytest.mark.parametrize("way", ["module", "callback"])
+@pytest.mark.parametrize("build", FEW_BITS.values(), ids=FEW_BITS.keys())
+def test_a_student_in_few_bits_learns_from_its_dense_self(
+    build: Callable[[], CompressionCallback], way: str, tmp_path: Path
+) -> None:
+    seed_everything(0, verbose=False)
+    student, method = Classifier(dropout=0.0), build()
+    trainer, teacher = distilled(way, student, method)
     assert [type(layer) for layer in teacher.module.modules()] == [type(layer) for layer in Classifier().modules()]
     assert trainer.callback_metrics["distill/kd"] > 0
     assert trainer.callback_metrics["distill/hint"] > 0
@@ -79,16 +86,7 @@ def test_a_student_in_few_bits_learns_from_its_dense_self(
 def test_a_student_of_low_rank_learns_from_its_dense_self(when: str, way: str, tmp_path: Path) -> None:
     seed_everything(0, verbose=False)
     student, method = Classifier(dropout=0.0), LowRank(factors=2, when=when)
-    dense = copied(student)
-    if way == "module":
-        module = DistillationModule(student, "baseline", losses(), task_weight=0.1)
-        trainer = fit(module, [method], epochs=2)
-        teacher = module.distiller.teacher
-    else:
-        distill = Distillation("baseline", losses(), task_weight=0.1)
-        trainer = fit(student, [distill, method], epochs=2)
-        teacher = distill.distiller.teacher
-    assert same(dense, copied(teacher.module))
+    trainer, teacher = distilled(way, student, method)
     assert trainer.callback_metrics["distill/hint"] > 0
     assert trainer.callback_metrics["teacher/val/loss"] > 0
     small = student if method.compressed is None else method.compressed

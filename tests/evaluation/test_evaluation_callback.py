@@ -390,6 +390,7 @@ def test_the_seed_of_the_run_is_shown(tmp_path, monkeypatch):
 DISTRIBUTED = """
 import sys
 sys.path.insert(0, {tests!r})
+from torch import distributed
 from test_evaluation_callback import CompressionReport, Digits, Net, Trainer, Zeroing
 
 callback = CompressionReport({folder!r}, baseline="initial", latency=False)
@@ -399,6 +400,8 @@ trainer = Trainer(
 )
 trainer.fit(Net(), datamodule=Digits())
 assert (callback.report is not None) == (trainer.global_rank == 0)
+distributed.barrier()  # a rank that leaves while another still talks to it makes that one abort
+distributed.destroy_process_group()
 """
 
 

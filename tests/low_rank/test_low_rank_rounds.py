@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from contract_rows import Task, dataset
+from killing import KILLER, command
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
@@ -24,7 +23,6 @@ from lightning_compress.data import DigitsDataModule
 from lightning_compress.low_rank.layers import Factorized
 from lightning_compress.models import DigitsCNN, ImageClassifier
 
-ROOT = Path(__file__).resolve().parents[2]
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "logger": False,
@@ -147,31 +145,6 @@ callbacks:
   killer: {_target_: killer.Killer}
   low_rank: {compression_rate: 1.7, when: before}
 """
-
-KILLER = """
-import os, signal
-from pathlib import Path
-from lightning.pytorch import Callback
-
-
-class Killer(Callback):
-    '''Kill this process after some batch of the process, once; the victim's name holds the number of that batch.'''
-
-    batches = 0
-
-    def on_train_batch_end(self, *_):
-        Killer.batches += 1
-        victim = Path("victim")
-        if victim.exists() and Killer.batches == int(victim.read_text()):
-            victim.unlink()
-            os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    call = [sys.executable, "-m", "lightning_compress", *words]
-    return subprocess.run(call, cwd=folder, env=environment, text=True, capture_output=True)
 
 
 def start(folder: Path) -> subprocess.CompletedProcess[str]:

@@ -52,6 +52,7 @@ def main(output: Path) -> None:
         assert method.compressed is not None
         final[name] = method.compressed.state_dict()
     torch.save(final, output / f"rank{rank}.pt")
+    distributed.barrier()  # a rank that leaves while another still talks to it makes that one abort
     distributed.destroy_process_group()
 
 

@@ -37,3 +37,5 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     results = {reset: rounds(reset) for reset in ("rewind", "random", "none")}
     torch.save(results, Path(sys.argv[1]) / f"rank{distributed.get_rank()}.pt")
+    distributed.barrier()  # a rank that leaves while another still talks to it makes that one abort
+    distributed.destroy_process_group()

@@ -47,3 +47,5 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     own = int(os.environ["RANK"])
     torch.save({name: train(name, own) for name in SPECS}, Path(sys.argv[1]) / f"rank{distributed.get_rank()}.pt")
+    distributed.barrier()  # a rank that leaves while another still talks to it makes that one abort
+    distributed.destroy_process_group()
