@@ -9,14 +9,24 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_compress.core.errors import ConfigurationError
-from lightning_compress.core.isolation import same_randomness
+from lightning_compress.core.isolation import device_of, map_tensors, same_randomness
 
 _SAMPLES = 2
 
 
 def own_example(model: nn.Module) -> Any:
-    """Return the model's ``example_input_array`` (LightningModules have it), or ``None``."""
-    return getattr(model, "example_input_array", None)
+    """Return the model's ``example_input_array`` (LightningModules have it) on its device, or ``None``."""
+    return beside(model, getattr(model, "example_input_array", None))
+
+
+def beside(model: nn.Module, inputs: Any) -> Any:
+    """Return inputs with all their tensors on the device of the model, wherever data and model are now.
+
+    >>> beside(nn.Linear(1, 1, device="meta"), {"x": torch.zeros(1)})["x"].device.type
+    'meta'
+    """
+    device = device_of(model)
+    return map_tensors(lambda tensor: tensor.to(device), inputs)
 
 
 def example_from(loaders: Any) -> Any:
@@ -33,7 +43,6 @@ def example_from(loaders: Any) -> Any:
     Raises:
         ConfigurationError: If no loader has a data set with positions, or a batch does not start with a tensor.
 
-    >>> import torch
     >>> data = torch.utils.data.TensorDataset(torch.zeros(5, 3), torch.zeros(5))
     >>> example_from(DataLoader(data, batch_size=4)).shape
     torch.Size([2, 3])

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_compress.core.blanks import Blanks
 from lightning_compress.core.clock import UpdateClock
 from lightning_compress.core.errors import ConfigurationError
-from lightning_compress.core.examples import example_from, own_example
+from lightning_compress.core.examples import beside, example_from, own_example
 from lightning_compress.core.hooks import install_hooks
 from lightning_compress.core.journal import Edit
 from lightning_compress.core.paths import get_layer
@@ -160,7 +160,7 @@ class Method(Blanks):
             if inputs is None:
                 with nullcontext() if self.needs_example else suppress(ConfigurationError):
                     inputs = example_from(loaders)
-            selection = self.examine(root, inputs)
+            selection = self.examine(root, beside(root, inputs))
             self._paths, self._left = tuple(selection.layers), dict(selection.left)
 
     def _forget_model(self) -> None:

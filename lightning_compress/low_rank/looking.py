@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.core.examples import beside
 from lightning_compress.core.isolation import batch_size_of, evaluating
 from lightning_compress.core.patches import CONVOLUTIONS, layer_patches, padded
 from lightning_compress.low_rank.layers import shape_now
@@ -78,7 +79,7 @@ def look(
             hook = partial(_watch, seen.setdefault(path, Seen()), (rows, more), generators, like)
             stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for batch in inputs:
-            run(model, batch)
+            run(model, beside(model, batch))
             for found in seen.values():
                 found.sizes, found.calls = found.calls or found.sizes, []
     return {path: found for path, found in seen.items() if found.sizes}

@@ -6,6 +6,9 @@ one fused kernel. What the layer returns can be quantized by ``quantize_output``
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -49,7 +52,8 @@ def recur(layer: nn.RNNBase, x: Any, hx: Any, weights: list[Tensor]) -> Any:
     if isinstance(x, PackedSequence):
         batch = int(x.batch_sizes[0])
         hx = _states(layer, x.data, hx, batch, x.sorted_indices)
-        result = _kernel(layer)(x.data, x.batch_sizes, hx, weights, layer.bias, *_options(layer))
+        with _loose(x.data):
+            result = _kernel(layer)(x.data, x.batch_sizes, hx, weights, layer.bias, *_options(layer))
         output = PackedSequence(result[0], x.batch_sizes, x.sorted_indices, x.unsorted_indices)
         return output, _hidden(layer, result, x.unsorted_indices)
     dim = 0 if layer.batch_first else 1
@@ -57,8 +61,18 @@ def recur(layer: nn.RNNBase, x: Any, hx: Any, weights: list[Tensor]) -> Any:
         output, hidden = recur(layer, x.unsqueeze(dim), _each(hx, lambda h: h.unsqueeze(1)), weights)
         return output.squeeze(dim), _each(hidden, lambda h: h.squeeze(1))
     hx = _states(layer, x, hx, x.shape[dim], None)
-    result = _kernel(layer)(x, hx, weights, layer.bias, *_options(layer), layer.batch_first)
+    with _loose(x):
+        result = _kernel(layer)(x, hx, weights, layer.bias, *_options(layer), layer.batch_first)
     return result[0], _hidden(layer, result, None)
+
+
+@contextmanager
+def _loose(x: Tensor) -> Iterator[None]:
+    """Keep cuDNN from advising to flatten weights that are computed anew in each step."""
+    with warnings.catch_warnings() if x.is_cuda else nullcontext():
+        if x.is_cuda:
+            warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous")
+        yield
 
 
 def _kernel(layer: nn.RNNBase) -> Any:

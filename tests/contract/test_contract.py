@@ -48,8 +48,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
-        accelerator="cpu",
-        **kw,
+        **{"accelerator": "cpu", **kw},
     )
     trainer.fit(model, ckpt_path=ckpt_path)
     return model, callback, trainer

@@ -135,6 +135,7 @@ def test_on_the_way_no_run_ever_loses_more_than_the_pattern_lets_go() -> None:
     assert set(gone[-1].reshape(-1, 4).sum(1).tolist()) == {2}
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor")
 def test_the_pattern_has_the_shapes_that_sparse_kernels_take() -> None:
     """What ``torch.sparse.to_sparse_semi_structured`` asks for, and the conversion itself where a device has it."""
     net = nn.Sequential(nn.Linear(128, 64, dtype=torch.float16), nn.Conv2d(64, 32, 3, dtype=torch.float16))

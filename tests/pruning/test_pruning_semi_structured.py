@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import lightning_compress as lc
 from lightning_compress import CompressionCallback, IterativePruning, OptimalBrainCompression, Select
 
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor")
 CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 METHODS: dict[str, Callable[[], CompressionCallback]] = {
     "magnitude": lambda: IterativePruning(0.5, Select(), scope="layer", granularity="2:4"),
