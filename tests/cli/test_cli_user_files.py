@@ -92,6 +92,7 @@ OF_ITS_NETWORK = {
     "caffenet_tai": _ONE_LINEAR,
     "vgg16_tai": _ONE_LINEAR,
     "resnet20_structured": ['callbacks.structured.select.include=["*"]'],
+    "resnet56_structured": ['callbacks.structured.select.include=["*"]'],
     "distill_resnet20": ["model.checkpoint=null"],
     "mnist_ssl_lenet5": ["~callbacks.group_lasso.rules", "select@callbacks.group_lasso.select=all"],
     "fitnets_mnist": [

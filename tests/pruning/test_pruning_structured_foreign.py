@@ -20,7 +20,7 @@ from lightning_compress.core.copies import tensors_in
 from lightning_compress.core.cost import count_macs
 from lightning_compress.core.isolation import call
 from lightning_compress.core.paths import named_layers
-from lightning_compress.pruning.structured.groups import parameter_in, zero_channels
+from lightning_compress.pruning.structured.groups import Zeroing, parameter_in
 
 
 class Gated(nn.Module):
@@ -113,7 +113,7 @@ def check(build: Callable[[], nn.Module], inputs: Any, path: Path) -> Structured
     assert after / before <= 0.6
 
     masked = copy.deepcopy(net)
-    zero_channels(callback._groups, callback._cuts, parameter_in(named_layers(masked)))
+    Zeroing(callback._groups, callback._cuts)(parameter_in(named_layers(masked)))
     lc.save_compressed(cut, path)
     bare = lc.load_compressed(build(), path)
     found = zip(outputs(masked, inputs), outputs(cut, inputs), outputs(bare, inputs), strict=True)

@@ -18,7 +18,7 @@ from lightning_compress import StructuredPruning
 from lightning_compress.core.cost import count_macs
 from lightning_compress.core.paths import named_layers
 from lightning_compress.models.resnet import resnet20, resnet56
-from lightning_compress.pruning.structured.groups import parameter_in, zero_channels
+from lightning_compress.pruning.structured.groups import Zeroing, parameter_in
 
 SMALL, LARGER = torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, 64, 64)
 
@@ -80,7 +80,7 @@ def test_half_the_operations_of(name: str, tmp_path: Path, monkeypatch: pytest.M
     assert after / before <= 0.5
 
     masked = copy.deepcopy(net)
-    zero_channels(callback._groups, callback._cuts, parameter_in(named_layers(masked)))
+    Zeroing(callback._groups, callback._cuts)(parameter_in(named_layers(masked)))
     with torch.no_grad():
         expected, got = masked.eval()(inputs), sliced.eval()(inputs)
     del masked

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_compress import ConfigurationError, SelectionError, StructuredPruning, compress, coupled_groups
 from lightning_compress.pruning.structured import channel_importance, recalibrate_batch_norm
 from lightning_compress.pruning.structured.budget import costs_of
+from lightning_compress.pruning.structured.groups import Zeroing, parameter_in
 from lightning_compress.pruning.structured.limits import Limit
 from lightning_compress.pruning.structured.widths import choose_widths, lowest
 
@@ -122,6 +123,21 @@ class Awkward(nn.Module):
         x = self.norm(self.second(torch.relu(self.first(x) * self.scale)))
         one, other = self.third(x).split([4, 4], 1)
         return self.head(one * other.sigmoid())
+
+
+def test_zeros_are_put_back_with_indices_that_were_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Joined()
+    zeros = Zeroing(coupled_groups(net, torch.zeros(1, 1, 2, 2)).groups, {"b": [0, 1], "fc": []})
+    layers = dict(net.named_modules())
+    for _ in range(2):
+        for parameter in net.parameters():
+            nn.init.ones_(parameter)
+        zeros(parameter_in(layers))
+        assert net.b.weight.flatten().tolist() == net.c.bias.tolist() == [0, 0, 1]
+        assert net.mix.weight[0].flatten().tolist() == [1, 1, 0, 0, 1]  # a is whole
+        assert all(bool((layer.weight == 1).all()) for layer in (net.a, net.fc, net.head))
+        # a tensor from a list makes a GPU wait for the processor, and this runs after every step
+        monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("indices are made anew"))
 
 
 def test_everything_that_stays_has_its_reason() -> None:

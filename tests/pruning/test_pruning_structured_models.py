@@ -18,7 +18,7 @@ from lightning_compress import StructuredPruning
 from lightning_compress.core.cost import count_macs, count_parameters
 from lightning_compress.core.paths import named_layers
 from lightning_compress.models.resnet import resnet20
-from lightning_compress.pruning.structured.groups import parameter_in, zero_channels
+from lightning_compress.pruning.structured.groups import Zeroing, parameter_in
 
 IMAGES = torch.zeros(2, 3, 32, 32)
 LARGER = torch.zeros(2, 3, 64, 64)
@@ -123,7 +123,7 @@ def test_sliced_equals_masked_and_meets_the_goal(name: str, tmp_path: Path) -> N
     )
 
     masked = copy.deepcopy(net)
-    zero_channels(callback._groups, callback._cuts, parameter_in(named_layers(masked)))
+    Zeroing(callback._groups, callback._cuts)(parameter_in(named_layers(masked)))
     with torch.no_grad():
         expected, got = masked.eval()(inputs), sliced.eval()(inputs)
     assert float((expected - got).abs().max()) <= 1e-5 * float(expected.abs().max())

@@ -15,7 +15,7 @@ import lightning_compress as lc
 from lightning_compress import ConfigurationError, StructuredPruning, coupled_groups
 from lightning_compress.core.cost import count_macs
 from lightning_compress.core.paths import named_layers
-from lightning_compress.pruning.structured.groups import parameter_in, zero_channels
+from lightning_compress.pruning.structured.groups import Zeroing, parameter_in
 from lightning_compress.pruning.structured.heads import HeadAttention, keep_heads
 
 TOKENS = torch.arange(20).reshape(2, 10)
@@ -98,7 +98,7 @@ def test_sequence_models_are_cut(name: str, tmp_path: Path) -> None:
     assert cut in callback._cuts
 
     masked = copy.deepcopy(net)
-    zero_channels(callback._groups, callback._cuts, parameter_in(named_layers(masked)))
+    Zeroing(callback._groups, callback._cuts)(parameter_in(named_layers(masked)))
     with torch.no_grad():
         expected, got = masked.eval()(inputs), sliced.eval()(inputs)
     assert float((expected - got).abs().max()) <= 1e-5 * float(expected.abs().max())

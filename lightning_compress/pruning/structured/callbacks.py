@@ -24,7 +24,7 @@ from lightning_compress.core.schedule import Schedule
 from lightning_compress.core.select import Select, Selection
 from lightning_compress.pruning.structured.budget import Costs, costs_of
 from lightning_compress.pruning.structured.goal import check_reachable, resolve_goal
-from lightning_compress.pruning.structured.groups import ChannelGroup, parameter_in, slice_edits, zero_channels
+from lightning_compress.pruning.structured.groups import ChannelGroup, Zeroing, parameter_in, slice_edits
 from lightning_compress.pruning.structured.importance import has_scales
 from lightning_compress.pruning.structured.latency_search import LatencySearch
 from lightning_compress.pruning.structured.limits import Limit, Limits, as_limits
@@ -111,6 +111,7 @@ class StructuredPruning(CompressionCallback):
         self._limits: dict[str, Limit] = {}
         self._costs: dict[str, Costs] = {}
         self._cuts: dict[str, list[int]] = {}
+        self._zeros: Zeroing | None = None
         self._seen: dict[str, Tensor] = {}
 
     def examine(self, root: nn.Module, example_inputs: Any) -> Selection:
@@ -174,7 +175,14 @@ class StructuredPruning(CompressionCallback):
 
     def enforce(self, layers: Layers) -> None:
         """Put the zeros back, in whatever makes, scales or takes a channel that is gone."""
-        zero_channels(self._groups, self._cuts, parameter_in(layers))
+        self._zeroing(parameter_in(layers))
+
+    @property
+    def _zeroing(self) -> Zeroing:
+        zeros = self._zeros
+        if zeros is None or zeros.cuts is not self._cuts or zeros.groups is not self._groups:
+            zeros = self._zeros = Zeroing(self._groups, self._cuts)
+        return zeros
 
     def enforce_state(self, state_dict: dict[str, Any]) -> None:
         """Put the zeros into weights that are about to be saved."""
@@ -183,7 +191,7 @@ class StructuredPruning(CompressionCallback):
         def find(path: str, name: str) -> Tensor | None:
             return None if name.startswith("running_") else tensors.get(clean_path(f"{path}.{name}"))
 
-        zero_channels(self._groups, self._cuts, find)
+        self._zeroing(find)
 
     def finalize(self, layers: Layers) -> Iterable[Edit]:
         """Return the edits that cut the zeroed channels out; the first says what was measured, if anything was."""
@@ -230,7 +238,7 @@ class StructuredPruning(CompressionCallback):
 
     def reset_values(self) -> None:
         """Forget the channels and the groups."""
-        self._groups, self._costs, self._cuts, self._limits, self._seen = (), {}, {}, {}, {}
+        self._groups, self._costs, self._cuts, self._limits, self._seen, self._zeros = (), {}, {}, {}, {}, None
         self._search = None if self.latency is None else self._searches_with(self.latency)
 
     @property

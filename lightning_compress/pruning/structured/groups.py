@@ -111,23 +111,37 @@ class Coupling:
     left: Mapping[str, str] = field(default_factory=dict)
 
 
-def zero_channels(groups: Iterable[ChannelGroup], cuts: Cuts, tensor_of: Callable[[str, str], Tensor | None]) -> None:
-    """Set every slice of the cut channels to zero in place, in the layers that make, pass on and take them.
+class Zeroing:
+    """Sets every slice of the cut channels to zero in place, in the layers that make, pass on and take them.
 
-    A model so masked computes what the sliced model does, whatever activation stands between.
+    A model so masked computes what the sliced model does, whatever activation stands between. Which slices, is worked
+    out once, and their indices stay on the device where they were needed: this runs after every step of a training.
 
     Args:
         groups: The groups.
         cuts: Channels to remove, by group; groups that are missing stay whole.
-        tensor_of: Returns the tensor of a layer's path and a name, or ``None`` to leave it alone.
     """
-    for group in groups:
-        for touch in group.touches if cuts.get(group.name) else ():
-            removed = touch.cut(cuts[group.name])
-            for name, dim in touch.tensors if removed else ():
+
+    def __init__(self, groups: Sequence[ChannelGroup], cuts: Cuts) -> None:
+        self.groups, self.cuts = groups, cuts
+        touched = [(touch, group) for group in groups if cuts.get(group.name) for touch in group.touches]
+        removed = [(touch, touch.cut(cuts[group.name])) for touch, group in touched]
+        self._removed = [(touch, indices) for touch, indices in removed if indices]
+        self._indices: dict[tuple[int, torch.device], Tensor] = {}
+
+    def __call__(self, tensor_of: Callable[[str, str], Tensor | None]) -> None:
+        """Set the slices to zero; ``tensor_of`` gives the tensor of a layer's path and a name, or ``None`` to pass."""
+        for place, (touch, _) in enumerate(self._removed):
+            for name, dim in touch.tensors:
                 tensor = tensor_of(touch.path, name)
                 if tensor is not None:
-                    tensor.detach().index_fill_(dim, torch.tensor(removed, device=tensor.device), 0)
+                    tensor.detach().index_fill_(dim, self._index(place, tensor.device), 0)
+
+    def _index(self, place: int, device: torch.device) -> Tensor:
+        key = place, device
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(self._removed[place][1], device=device)
+        return self._indices[key]
 
 
 def parameter_in(layers: Layers) -> Callable[[str, str], Tensor | None]:

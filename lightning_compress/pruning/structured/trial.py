@@ -13,7 +13,7 @@ from lightning_compress.core.copies import full_copy, tensors_in
 from lightning_compress.core.isolation import call, device_of, map_tensors, same_randomness
 from lightning_compress.core.paths import named_layers
 from lightning_compress.core.verbs import apply
-from lightning_compress.pruning.structured.groups import ChannelGroup, parameter_in, slice_edits, zero_channels
+from lightning_compress.pruning.structured.groups import ChannelGroup, Zeroing, parameter_in, slice_edits
 
 _DOUBLE_UP_TO = 30_000_000
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4}
@@ -85,7 +85,7 @@ class _Trial:
             least, most = max(1, group.channels // 3), max(1, 2 * group.channels // 3)
             cuts[group.name] = sorted(order[: least + index % (most - least + 1)].tolist())
         copied = full_copy(self._start)
-        zero_channels(groups, cuts, parameter_in({"": copied, **named_layers(copied)}))
+        Zeroing(groups, cuts)(parameter_in({"": copied, **named_layers(copied)}))
         masked = self._outputs(copied)
         try:
             for edit in slice_edits(groups, cuts):
