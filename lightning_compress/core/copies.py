@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lightning_compress.core.errors import ConfigurationError
 
@@ -24,7 +25,8 @@ def structure_copy(model: nn.Module, change: Callable[[Tensor], Tensor], share: 
 
     Parameters, buffers and other tensors in attributes (also non-leaf ones, which ``copy.deepcopy`` refuses) are
     replaced by ``change(tensor)``, so a copy on the ``meta`` device takes no memory for them. Ties stay ties. Objects
-    of the training framework in attributes (trainer, datamodule, loader, dataset) are shared, never copied.
+    of the training framework in attributes (trainer, datamodule, loader, dataset) are shared, never copied. Layers with
+    parametrized tensors get a class of their own, so that parametrizations can be merged in the copy alone.
 
     Args:
         model: The module to copy; it is not changed.
@@ -52,9 +54,18 @@ def structure_copy(model: nn.Module, change: Callable[[Tensor], Tensor], share: 
                         memo[id(tensor)] = _like(tensor, change(tensor))
         copied = copy.deepcopy(model, memo)
     for part in copied.modules():
+        own_class(part)
         _drop_compiled_call(part)
         _follow_identities(part, memo)
     return copied
+
+
+def own_class(layer: nn.Module) -> None:
+    """Give a parametrized layer a class of its own: torch shares it between deep copies, and edits it in place."""
+    if parametrize.is_parametrized(layer):
+        shared = type(layer)
+        members = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+        layer.__class__ = type(shared.__name__, shared.__bases__, members)
 
 
 def refuse_lazy(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lightning_compress.core.copies import own_class
 from lightning_compress.core.errors import CompressionError, ConfigurationError, did_you_mean
 from lightning_compress.core.hooks import Undo, append_edit, install_hooks
 from lightning_compress.core.journal import Edit
@@ -122,23 +123,16 @@ def _restorer(layer: nn.Module) -> Callable[[], None]:
 def _parametrize(root: nn.Module, layer: nn.Module, edit: Edit) -> Undo:
     config = dict(edit.config)
     tensor = config.pop("tensor", "weight")
-    _own_class(layer)
+    own_class(layer)
     parametrize.register_parametrization(layer, tensor, _builder(edit)(layer, **config))
     if len(list(layer.get_submodule(f"parametrizations.{tensor}").children())) > 1:
         return None  # removal would drop the earlier parametrizations of this tensor too
 
     def undo() -> None:
+        own_class(layer)
         parametrize.remove_parametrizations(layer, tensor, leave_parametrized=False)
 
     return undo
-
-
-def _own_class(layer: nn.Module) -> None:
-    """Give a parametrized layer a class of its own: torch shares it between deep copies, and edits it in place."""
-    if parametrize.is_parametrized(layer):
-        shared = type(layer)
-        members = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
-        layer.__class__ = type(shared.__name__, shared.__bases__, members)
 
 
 def _bake(root: nn.Module, layer: nn.Module, edit: Edit) -> Undo:
@@ -149,7 +143,7 @@ def _bake(root: nn.Module, layer: nn.Module, edit: Edit) -> Undo:
             raise ConfigurationError(
                 f"`tensor` is {tensor!r}: nothing is parametrized under that name at {edit.path!r}"
             )
-        _own_class(layer)
+        own_class(layer)
         parametrize.remove_parametrizations(layer, tensor, leave_parametrized=True)
         return None
     to_dense = getattr(layer, "to_dense", None)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lightning_compress.core.copies import own_class
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.verbs import register_kind
 from lightning_compress.quantization.attention import QuantizedMultiheadAttention
@@ -191,6 +192,7 @@ def integer_layer(layer: LayerT, weights: Mapping[str, Mapping[str, Any]], bias:
 def _integers(layer: nn.Module, name: str, quantizer: Any, config: Mapping[str, Any]) -> IntegerTensor:
     holder, attribute = _holder(layer, name)
     if parametrize.is_parametrized(holder, attribute):
+        own_class(holder)
         parametrize.remove_parametrizations(holder, attribute, leave_parametrized=True)
     weight = weight_of(layer, name).detach()
     with torch.device(weight.device):

@@ -1,12 +1,15 @@
-"""A copy that was made after metrics were logged can log them too."""
+"""A copy stands on its own: it logs its own metrics, and merges its own parametrizations."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
@@ -45,3 +48,18 @@ def test_a_copy_logs_its_own_metrics() -> None:
     trainer.fit(copied, data)
     assert float(trainer.callback_metrics["mean"]) > 0
     assert copied.mean is not module.mean
+
+
+@pytest.mark.parametrize("norm", [weight_norm, spectral_norm])
+def test_merging_in_a_copy_leaves_the_parametrized_original_alone(norm) -> None:
+    net = nn.Sequential(norm(nn.Linear(4, 3)), nn.Linear(3, 2)).eval()
+    x = torch.randn(5, 4)
+    with torch.no_grad():
+        expected = net(x)
+        copied = full_copy(net)
+        parametrize.remove_parametrizations(copied[0], "weight")
+        assert torch.allclose(copied(x), expected, atol=1e-6)
+        assert torch.equal(net(x), expected)
+        parametrize.remove_parametrizations(net[0], "weight")
+        assert torch.allclose(copied(x), expected, atol=1e-6)
+        assert torch.allclose(net(x), expected, atol=1e-6)

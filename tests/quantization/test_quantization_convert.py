@@ -10,6 +10,7 @@ import torch
 from networks import VISION, Audio, Branching, Small, Words, calibrate, quantize, randomize
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from lightning_compress import ConfigurationError, journal_of, load_compressed, save_compressed
 from lightning_compress.evaluation.measurement import layer_table, measure
@@ -201,6 +202,26 @@ def test_tied_parametrized_and_masked_weights() -> None:
     assert converted[0].integer_weight.values is converted[1].integer_weight.values
     assert (converted[0].integer_weight.values[:, ::2] == 0).all()
     assert not parametrize.is_parametrized(converted[2])
+
+
+@pytest.mark.parametrize("norm", [weight_norm, spectral_norm])
+@pytest.mark.parametrize("duplicate", [convert, copy.deepcopy])
+def test_converting_a_copy_leaves_the_original_normalized(norm, duplicate) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(norm(nn.Conv2d(1, 3, 3)), nn.Flatten(), norm(nn.Linear(12, 2))).eval()
+    x = torch.randn(8, 1, 4, 4)
+    quantize(net)
+    calibrate(net, x)
+    net.eval()
+    with torch.no_grad():
+        fake = net(x)
+        converted = duplicate(net)
+        if duplicate is copy.deepcopy:
+            convert_in_place(converted)
+        assert torch.allclose(converted(x), fake, atol=1e-6)
+        assert torch.equal(net(x), fake)
+        assert parametrize.is_parametrized(net[0])
+        assert torch.equal(convert(net)(x), converted(x))
 
 
 def test_attention_keeps_its_masks() -> None:
