@@ -237,14 +237,15 @@ def test_the_loss_aware_scale_follows_the_optimizer():
     assert part[0].scale.item() != pytest.approx(part.original.abs().mean().item(), rel=1e-3)
 
 
-def test_the_loss_aware_method_refuses_an_optimizer_without_second_moments():
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adamax])
+def test_the_loss_aware_method_refuses_an_optimizer_without_second_moments(make):
     class Plain(Task):
         def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+            return make(self.parameters(), lr=0.1)
 
     model = Plain("MLP")
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(lc.ConfigurationError, match=r"second moment.*got SGD.*'bwn'"):
+    with pytest.raises(lc.ConfigurationError, match=rf"second moment.*is trained by {make.__name__}.*'bwn'"):
         trainer(Binarization("loss_aware")).fit(model)
     after = {key.replace("parametrizations.weight.original", "weight"): v for key, v in model.state_dict().items()}
     assert all(torch.equal(value, after[key]) for key, value in before.items())

@@ -399,8 +399,31 @@ def test_importance_of_adam_is_the_root_of_its_second_moment() -> None:
     moments = {k: optimizer.state[p]["exp_avg_sq"].sqrt() for k, p in model.named_parameters() if "weight" in k}
     assert found.keys() == moments.keys()
     assert all(torch.equal(found[key], moments[key]) for key in found)
-    with pytest.raises(ConfigurationError, match="'adam' needs the second moment of the optimizer, which has none"):
-        fit(Net(), WeightSharing(2, at(3), importance="adam"))
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adamax])
+def test_importance_of_adam_without_a_second_moment_is_refused_before_training(make: Any) -> None:
+    message = r"`importance` 'adam' needs .* but 'first\.weight' is trained by " + make.__name__
+    refused_before_training(Net(lambda p: make(p, lr=0.1)), WeightSharing(2, at(3), importance="adam"), message)
+
+
+def test_importance_of_adam_names_a_weight_that_no_optimizer_trains() -> None:
+    model = Net()
+    model.make = lambda p: torch.optim.Adam(model.second.parameters(), lr=0.1)
+    refused_before_training(
+        model, WeightSharing(2, at(3), importance="adam"), r"'first\.weight' is in no optimizer: let `configure_opt"
+    )
+    model.first.requires_grad_(False)
+    fit(model, WeightSharing(2, at(3), importance="adam"))
+    assert (clusters(model.first.weight), clusters(model.second.weight)) == (64, 4)
+
+
+def refused_before_training(model: LightningModule, callback: Any, message: str) -> None:
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ConfigurationError, match=message):
+        fit(model, callback)
+    assert model.trainer.global_step == 0
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 class TwoOptimizers(Net):
@@ -421,8 +444,18 @@ class TwoOptimizers(Net):
 def test_several_optimizers() -> None:
     model = fit(TwoOptimizers(), WeightSharing(2, at(1)))
     assert (clusters(model.first.weight), clusters(model.second.weight)) == (4, 4)
-    with pytest.raises(ConfigurationError, match=r"'second\.weight' is trained by another optimizer"):
-        fit(TwoOptimizers(), WeightSharing(2, at(1), scope="global"))
+    message = r"'second\.weight' is trained by another optimizer than other .* or use scope='layer'"
+    refused_before_training(TwoOptimizers(), WeightSharing(2, at(3), scope="global"), message)
+
+
+def test_a_global_codebook_names_a_weight_that_no_optimizer_trains() -> None:
+    model = Net()
+    model.make = lambda p: torch.optim.Adam(model.second.parameters(), lr=0.1)
+    message = r"'first\.weight' is trained by no optimizer, unlike other weights of its codebook 'everything'"
+    refused_before_training(model, WeightSharing(2, at(3), scope="global"), message)
+    model.first.requires_grad_(False)
+    fit(model, WeightSharing(2, at(3), scope="global"))
+    assert (clusters(model.first.weight), clusters(model.second.weight)) == (64, 4)
 
 
 def test_a_part_that_is_compiled_keeps_its_paths(tmp_path: Path) -> None:

@@ -165,6 +165,49 @@ def test_without_strength_only_the_end_changes_weights() -> None:
     assert len(shared.layer.weight.unique()) <= 5
 
 
+class Deep(Regression):
+    """Two layers, with the optimizers that a test gives it."""
+
+    def __init__(self, *trained: tuple[str, ...]) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
+        self.trained = trained
+        self.automatic_optimization = len(trained) == 1
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        if self.automatic_optimization:
+            return super().training_step(batch, batch_idx)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+        return None
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam([self.get_parameter(name) for name in names], lr=0.01) for names in self.trained]
+
+
+@pytest.mark.parametrize(
+    ("trained", "how"),
+    [
+        ((("layer.0.weight",), ("layer.1.weight",)), "another optimizer than"),
+        ((("layer.0.weight",),), "no optimizer, unlike"),
+    ],
+)
+def test_a_mixture_that_cannot_move_as_one_is_refused_before_training(trained: Any, how: str) -> None:
+    model = Deep(*trained)
+    message = rf"'layer\.1\.weight' is trained by {how} other weights of its codebook 'mixture'.*by `select` or freeze"
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        fit(model, SoftWeightSharing(1e-4), epochs=2)
+    assert model.trainer.global_step == 0
+    assert "scope" not in str(caught.value)
+    model = Deep(*trained)
+    model.layer[1].requires_grad_(False)
+    model.automatic_optimization = True
+    model.trained = trained[:1]
+    assert len(fit(model, SoftWeightSharing(1e-4), epochs=2).layer[0].weight.unique()) <= 17
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [

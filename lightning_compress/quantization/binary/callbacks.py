@@ -27,14 +27,8 @@ from lightning_compress.quantization.binary.layers import (
     no_signs,
     takes_signs,
 )
-from lightning_compress.quantization.binary.weights import (
-    check_curvature,
-    few_levels_of,
-    owners_of,
-    real_weight,
-    second_moment,
-    why_held,
-)
+from lightning_compress.quantization.binary.weights import few_levels_of, owners_of, real_weight, why_held
+from lightning_compress.quantization.optimizers import check_second_moments, second_moment
 
 METHODS = ("binary_connect", "bwn", "xnor", "binary_net", "loss_aware")
 _KIND = {
@@ -220,8 +214,9 @@ class Binarization(FewLevelsCallback):
     def plan(self, layers: Layers) -> list[PlanRow]:
         """Return a row for each weight; refuse optimizers that know no curvature, where it is needed."""
         if self.method == "loss_aware":
-            for optimizer in cast(LightningModule, self.module).trainer.optimizers:
-                check_curvature(optimizer)
+            weights = {f"{path}.weight": real_weight(layer) for path, layer in layers.items()}
+            optimizers = cast(LightningModule, self.module).trainer.optimizers
+            check_second_moments(weights, optimizers, "`method` 'loss_aware'", "use method='bwn'")
         return super().plan(layers)
 
     def after_step(self, layers: Layers, optimizer: Optimizer) -> None:

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
-from torch.optim import Optimizer
 
-from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.quantization.binary.layers import FewLevels
-
-SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum")
-"""What torch's adaptive optimizers call the running second moment: Adam and its kin, RMSprop, Adagrad."""
 
 
 def few_levels_of(layer: nn.Module) -> FewLevels | None:
@@ -45,19 +40,3 @@ def why_held(layer: nn.Module, owners: Mapping[int, int]) -> str:
     if owners.get(id(real_weight(layer)), 0) > 1:
         return "kept: its weight is shared with another module"
     return ""
-
-
-def check_curvature(optimizer: Optimizer) -> None:
-    """Refuse an optimizer that keeps no second moment, as far as its settings tell."""
-    defaults = optimizer.defaults
-    if not ({"betas", "rho", "lr_decay"} & defaults.keys() or {"alpha", "eps"} <= defaults.keys()):
-        raise ConfigurationError(
-            f"`method` 'loss_aware' needs an optimizer that keeps a second moment of the gradients (Adam, RMSprop, "
-            f"Adagrad), got {type(optimizer).__name__}; change the optimizer, or use method='bwn'"
-        )
-
-
-def second_moment(optimizer: Optimizer, weight: nn.Parameter) -> Tensor | None:
-    """Return the running second moment that an optimizer keeps of a weight; ``None`` before its first step."""
-    state = optimizer.state.get(weight, {})
-    return next((state[key] for key in SECOND_MOMENTS if isinstance(state.get(key), Tensor)), None)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 from zlib import crc32
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
@@ -22,6 +22,7 @@ from lightning_compress.core.run import Layers
 from lightning_compress.core.schedule import Schedule, parse_time
 from lightning_compress.core.select import Select, Selection
 from lightning_compress.core.targets import shape_of, tied_with
+from lightning_compress.quantization.optimizers import check_second_moments
 from lightning_compress.quantization.sharing.held import GRADIENTS, SHAREABLE, HeldCodes
 from lightning_compress.quantization.sharing.importance import Fisher, adam_importance, as_importance, damped
 from lightning_compress.quantization.sharing.kmeans import nearest
@@ -30,6 +31,7 @@ from lightning_compress.quantization.sharing.rules import SharingRule
 
 SCOPES = ("layer", "global")
 _ROOT, _SEED, _SQUARES, _EVERYTHING = "", "seed", "squares:", "everything"
+_OTHERWISE = ", or use scope='layer'"
 
 
 class WeightSharing(CompressionCallback):
@@ -106,7 +108,7 @@ class WeightSharing(CompressionCallback):
         self.rules = build_rules(rules, SharingRule, "quantizer")
         self.importance = as_importance(importance)
         self._check_schedule()
-        self._held, self._rule_of = HeldCodes(), dict[str, str]()
+        self._held, self._rule_of = HeldCodes(_OTHERWISE), dict[str, str]()
         self._squares: dict[str, Tensor] = {}
         self._seed: int | None = None
         self._error = 0.0
@@ -136,7 +138,16 @@ class WeightSharing(CompressionCallback):
         return Selection({**whole, **found.layers}, found.left)
 
     def plan(self, layers: Layers) -> list[PlanRow]:
-        """Return a row for each tensor: which rule, its shape, and how its values become few."""
+        """Return a row for each tensor: which rule, its shape, and how its values become few.
+
+        Raises:
+            ConfigurationError: If the optimizers of the fit do not suit ``scope`` or ``importance``.
+        """
+        optimizers = cast(LightningModule, self.module).trainer.optimizers
+        self._held.check_movable(layers, optimizers)
+        if self.importance == "adam":
+            instead = "use importance='gradients' or Fisher(batches)"
+            check_second_moments(self._held.unshared(layers), optimizers, "`importance` 'adam'", instead)
         rows = []
         for key, weight in self._held.weights(layers).items():
             action = f"share: {self._quantizer_of(key)}"
@@ -213,7 +224,7 @@ class WeightSharing(CompressionCallback):
 
     def reset_values(self) -> None:
         """Forget the clusters and what they belong to."""
-        self._held, self._rule_of, self._squares, self._seed, self._error = HeldCodes(), {}, {}, None, 0.0
+        self._held, self._rule_of, self._squares, self._seed, self._error = HeldCodes(_OTHERWISE), {}, {}, None, 0.0
 
     def _share(self, layers: Layers, weights: Mapping[str, nn.Parameter]) -> None:
         """Cluster the given weights, those of one codebook together, and remember how far they moved."""

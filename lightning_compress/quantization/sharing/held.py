@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
 
 from lightning_compress.core.errors import ConfigurationError, SelectionError, did_you_mean
 from lightning_compress.core.paths import clean_path
 from lightning_compress.core.run import Layers
 from lightning_compress.core.select import Selection
 from lightning_compress.core.targets import PRUNABLE, Target, find_targets
+from lightning_compress.quantization.optimizers import holders
 from lightning_compress.quantization.sharing.members import Members, sum_gradients, tie_values
 from lightning_compress.quantization.sharing.rates import entropy_bits
 
@@ -25,6 +27,9 @@ _CODES, _SIZE = "codes:", "clusters:"
 
 class HeldCodes:
     """The clusters of one callback, by path of the weight; what has none is trained as ever.
+
+    Args:
+        otherwise: What errors advise besides one optimizer for all weights of a codebook.
 
     Attributes:
         targets: The weights that may be shared.
@@ -45,7 +50,8 @@ class HeldCodes:
     [[3.0, 3.0, 0.0, 8.0]]
     """
 
-    def __init__(self) -> None:
+    def __init__(self, otherwise: str = "") -> None:
+        self.otherwise = otherwise
         self.targets: list[Target] = []
         self.groups: dict[str, str] = {}
         self.members: dict[str, Members] = {}
@@ -224,13 +230,34 @@ class HeldCodes:
                 pools.setdefault(self.groups[key], []).append((weight, members))
         return pools
 
+    def check_movable(self, layers: Layers, optimizers: Iterable[Optimizer]) -> None:
+        """Refuse, before training, a codebook whose weights no single optimizer would move.
+
+        Weights that are frozen and not shared yet are passed over: they wait until they are unfrozen.
+
+        Raises:
+            ConfigurationError: Names the first weight that would not move with the others.
+        """
+        held = holders(optimizers)
+        moved: dict[str, tuple[str, set[int]]] = {}
+        weights = {k: w for k, w in self.weights(layers).items() if w.requires_grad or k in self.members}
+        for key, weight in sorted(weights.items(), key=lambda item: id(item[1]) not in held):  # those that move first
+            mine = {id(optimizer) for optimizer in held.get(id(weight), ())}
+            _, others = moved.setdefault(self.groups[key], (key, mine))
+            if mine != others:
+                none = "no optimizer" if weight.requires_grad else "no optimizer (it is frozen)"
+                raise self._cannot_move(key, f"{none}, unlike" if not mine else "another optimizer than")
+
     def _check_whole(self, layers: Layers) -> None:
         """Refuse to move a part of a codebook."""
         by_key = {target.key: target.layer in layers for target in self.targets if target.key in self.members}
         inside = {self.groups[key] for key, here in by_key.items() if here}
         for key, here in by_key.items():
             if not here and self.groups[key] in inside:
-                raise ConfigurationError(
-                    f"{key!r} is trained by another optimizer than other weights of its codebook {self.groups[key]!r}, "
-                    "so they cannot move as one; use scope='layer', or one optimizer"
-                )
+                raise self._cannot_move(key, "another optimizer, or by none, unlike")
+
+    def _cannot_move(self, key: str, how: str) -> ConfigurationError:
+        return ConfigurationError(
+            f"{key!r} is trained by {how} other weights of its codebook {self.groups[key]!r}, so they cannot move as "
+            f"one; let one optimizer of `configure_optimizers` train all of them{self.otherwise}"
+        )

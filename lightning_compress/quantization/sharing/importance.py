@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_compress.core.calibration import calibration_batches, check_batches, require_batches
 from lightning_compress.core.errors import ConfigurationError, did_you_mean
 from lightning_compress.core.gradients import sample_gradients
+from lightning_compress.quantization.optimizers import holders, second_moment
 
 WORDS = ("equal", "gradients", "adam")
 
@@ -71,19 +72,17 @@ def adam_importance(weights: Mapping[str, nn.Parameter], optimizers: Iterable[Op
     Raises:
         ConfigurationError: If no optimizer keeps it for a weight; names the weight.
     """
-    kept: dict[int, Tensor] = {}
-    for optimizer in optimizers:
-        for parameter, state in optimizer.state.items():
-            second = state.get("exp_avg_sq", state.get("square_avg")) if isinstance(state, Mapping) else None
-            if isinstance(second, Tensor):
-                kept[id(parameter)] = second
-    missing = [key for key, weight in weights.items() if id(weight) not in kept]
-    if missing:
-        raise ConfigurationError(
-            f"`importance` 'adam' needs the second moment of the optimizer, which has none for {missing[0]!r}; train "
-            "with Adam, AdamW or RMSprop, or use 'gradients' or Fisher(batches)"
-        )
-    return {key: kept[id(weight)].detach().sqrt() for key, weight in weights.items()}
+    held = holders(optimizers)
+    found: dict[str, Tensor] = {}
+    for key, weight in weights.items():
+        second = next((m for one in held.get(id(weight), ()) if (m := second_moment(one, weight)) is not None), None)
+        if second is None:
+            raise ConfigurationError(
+                f"`importance` 'adam' needs the second moment of the optimizer, which has none for {key!r} yet: no "
+                "gradient has reached it; start later, leave it out by `select`, or use 'gradients' or Fisher(batches)"
+            )
+        found[key] = second.detach().sqrt()
+    return found
 
 
 def damped(importance: Tensor) -> Tensor:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -33,6 +33,7 @@ from lightning_compress.quantization.soft_sharing.mixture import (
 )
 
 _GROUP = "mixture"
+_OTHERWISE = ", leave weights out by `select` or freeze them, or use WeightSharing, with a codebook for each tensor"
 
 
 class SoftWeightSharing(CompressionCallback):
@@ -103,7 +104,7 @@ class SoftWeightSharing(CompressionCallback):
             )
         self.strength, self.components, self.zero = float(strength), components, float(zero)
         self.rate, self.divergence = float(rate), float(divergence)
-        self._held = HeldCodes()
+        self._held = HeldCodes(_OTHERWISE)
         self._mixture: Mixture | None = None
         self._moments: dict[str, Tensor] = {}
 
@@ -114,7 +115,12 @@ class SoftWeightSharing(CompressionCallback):
         return found
 
     def plan(self, layers: Layers) -> list[PlanRow]:
-        """Return a row for each tensor."""
+        """Return a row for each tensor.
+
+        Raises:
+            ConfigurationError: If several optimizers, or none, train weights of the one mixture.
+        """
+        self._held.check_movable(layers, cast(LightningModule, self.module).trainer.optimizers)
         rows = []
         for key, weight in self._held.weights(layers).items():
             action = f"draw to {self.components} values and zero, strength {self.strength:g}"
@@ -196,7 +202,7 @@ class SoftWeightSharing(CompressionCallback):
 
     def reset_values(self) -> None:
         """Forget mixture and clusters, and what they belong to."""
-        self._held, self._mixture, self._moments = HeldCodes(), None, {}
+        self._held, self._mixture, self._moments = HeldCodes(_OTHERWISE), None, {}
 
 
 def _flat(weight: Tensor) -> Tensor:
