@@ -19,6 +19,7 @@ def finish(model: Any, int4: bool) -> None:
         model: What ``torch.onnx.export`` made.
         int4: Whether to store int8 weights that 4 bits can hold in 4 bits.
     """
+    register_lost(model.graph)
     for node in list(model.graph):
         node.metadata_props.clear()  # stack traces, which can take more room than weights
         for value in node.outputs:
@@ -31,6 +32,20 @@ def finish(model: Any, int4: bool) -> None:
     if int4:
         store_four_bits(model.graph)
     remove_unused(model.graph)
+
+
+def register_lost(graph: Any) -> None:
+    """Register constants that nodes read but the graph does not list, each under a name of its own.
+
+    The exporter's own optimizer leaves such: bounds of two clips of one value, which it names alike.
+    """
+    for node in graph:
+        for value in node.inputs:
+            known = value is None or value.is_initializer() or value.is_graph_input() or value.producer() is not None
+            if not known and value.const_value is not None:
+                while value.name in graph.initializers:
+                    value.name += "_"
+                graph.register_initializer(value)
 
 
 def adds_zeros(node: Any) -> bool:

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from lightning_compress.core.errors import ConfigurationError, did_you_mean
+from lightning_compress.core.errors import CompressionError, ConfigurationError, did_you_mean
 from lightning_compress.export.extras import require
-from lightning_compress.export.onnx_program import write_onnx
+from lightning_compress.export.onnx_program import reason_of, write_onnx
 from lightning_compress.export.preparation import Prepared, prepare
 from lightning_compress.export.programs import write_executorch, write_openvino, write_torch, write_torchao
-from lightning_compress.export.result import Exported
+from lightning_compress.export.result import Exported, ExportError
 
 _WRITERS: dict[str, tuple[str, Callable[..., Exported]]] = {
     "onnx": (".onnx", write_onnx),
@@ -78,14 +78,14 @@ def export(
 
     Raises:
         ConfigurationError: For an unknown target, a missing package, no example inputs, or a path that is no file's.
-        ExportError: If the model cannot be traced, or the runtime computes something else.
+        ExportError: If the model cannot be traced, or the runtime cannot run it or computes something else.
     """
     check_target(target)
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(path, str | Path):
         raise ConfigurationError(f"`path` must be the name of a file, got {path!r}")
-    ending, writer = _WRITERS[target]
+    ending = _WRITERS[target][0]
     final = Path(path) if Path(path).suffix == ending else Path(f"{path}{ending}")
     if final.is_dir():
         raise ConfigurationError(f"`path` is the folder {str(final)!r}; name a file in it")
@@ -93,7 +93,7 @@ def export(
         raise ConfigurationError(f"`int4` is for the target 'onnx', got target={target!r}")
     prepared = prepare(model, example_inputs)
     final.parent.mkdir(parents=True, exist_ok=True)
-    return _write_aside(writer, prepared, final, dynamic_batch=dynamic_batch, verify=verify, int4=int4)
+    return _write_aside(target, prepared, final, dynamic_batch=dynamic_batch, verify=verify, int4=int4)
 
 
 def check_target(target: str, needs: bool = False) -> None:
@@ -114,10 +114,18 @@ def check_target(target: str, needs: bool = False) -> None:
         require(module, target)
 
 
-def _write_aside(writer: Callable[..., Exported], prepared: Prepared, final: Path, **options: bool) -> Exported:
-    """Let ``writer`` work in a folder of its own beside the target, then move what it wrote into place."""
+def _write_aside(target: str, prepared: Prepared, final: Path, **options: bool) -> Exported:
+    """Write in a folder of its own beside the file, then move what it wrote into place."""
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}.") as folder:
-        made = writer(prepared, Path(folder, final.name), **options)
+        try:
+            made = _WRITERS[target][1](prepared, Path(folder, final.name), **options)
+        except (CompressionError, OSError):
+            raise
+        except Exception as error:  # checkers and runtimes have types of their own, and several each
+            raise ExportError(
+                f"what was written for `target` {target!r} cannot be read back or run: {reason_of(error)}. It may "
+                "hold something that this runtime lacks; try another target, or other layers in its place"
+            ) from error
         files = sorted(Path(folder).iterdir())
         size = sum(file.stat().st_size for file in files)
         for file in files:

@@ -200,6 +200,31 @@ def test_what_cannot_be_traced_is_said(target: str, tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_input_of_four_bits_that_two_layers_take(tmp_path) -> None:
+    class Fork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 4), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(x) + self.two(x)
+
+    torch.manual_seed(0)
+    x = torch.randn(8, 6)
+    model = calibrate(quantize(Fork(), 8, 4), x)
+    made = export(model, tmp_path / "net", example_inputs=x)
+    with torch.no_grad():
+        assert same(run(made.path, x)[0], model(x))
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_what_a_runtime_cannot_run_is_said(tmp_path) -> None:
+    recurrent = nn.LSTM(6, 8, batch_first=True, proj_size=4, bidirectional=True)
+    with pytest.raises(ExportError, match=r"`target` 'onnx' cannot be read back or run: .*try another target"):
+        export(recurrent, tmp_path / "net", example_inputs=torch.randn(2, 3, 6))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("bits", [None, 8])
 def test_a_network_that_is_not_a_function_is_refused(bits: int | None, tmp_path) -> None:
     class Counting(nn.Module):
