@@ -6,7 +6,7 @@ A layer becomes one by a change of its class: it keeps its settings, its hooks a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ from lightning_compress.quantization.recurrent import QuantizedGRU, QuantizedLST
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
 
+NOT_CUT = "its weights are integers, which are not cut; prune before they become integers"
+"""Why structured pruning leaves such layers."""
+
 
 class IntegerLayer(QuantizedLayer):
     """Mixed into a quantized layer class: ``integer_weight`` stands in the place of its float weight.
@@ -43,6 +46,7 @@ class IntegerLayer(QuantizedLayer):
     ``weight`` is computed from it whenever it is read.
     """
 
+    not_cut: ClassVar[str] = NOT_CUT
     integer_weight: IntegerTensor
 
     def quantized_weight(self) -> Tensor:
@@ -57,6 +61,7 @@ IntegerLayer.weight = property(lambda self: self.integer_weight())  # type: igno
 class ManyIntegers(ManyWeights):
     """Mixed into a quantized layer class with several weights: ``integer_weights`` by name."""
 
+    not_cut: ClassVar[str] = NOT_CUT
     integer_weights: nn.ModuleDict
 
     def quantized(self, name: str) -> Any:

@@ -6,13 +6,14 @@ gains two children.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lightning_compress.core.companions import Companion
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.verbs import register_kind
 from lightning_compress.quantization.build import build_quantizer
@@ -37,6 +38,13 @@ class QuantizedLayer(nn.Module):
     def quantized_weight(self) -> Tensor:
         """Return the weight as the layer uses it."""
         return self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+
+    def companions(self) -> Iterator[Companion]:
+        """Return the ranges of the weights' quantizers, where each channel has its own."""
+        for name, quantizer in weight_quantizers_of(self).items():
+            if quantizer.axis is not None:
+                path = f"weight_quantizers.{name}" if isinstance(self, ManyWeights) else "weight_quantizer"
+                yield Companion(path, quantizer.channel_tensors(), name, quantizer.axis)
 
 
 class ManyWeights(QuantizedLayer):

@@ -82,6 +82,11 @@ class Quantizer(nn.Module):
         """Undo :meth:`quantize`, given what :meth:`affine` returned."""
         return dequantize(q, scale, zero_point, self.axis)
 
+    def channel_tensors(self) -> tuple[str, ...]:
+        """Return the names of the tensors with a value for each channel; none for one range of all."""
+        own = [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]
+        return tuple(name for name, tensor in own if self.axis is not None and tensor.dim() > 0)
+
     def set_range(self, scale: Tensor, zero_point: Tensor | int = 0) -> None:
         """Fix the range: from now on these values hold, whatever is observed."""
         with torch.no_grad():

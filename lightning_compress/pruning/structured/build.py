@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_compress.core.companions import companions_of
 from lightning_compress.pruning.structured.groups import ChannelGroup, Touch
 from lightning_compress.pruning.structured.roles import CUTTABLE, Role, roles_of
 
@@ -34,6 +35,7 @@ class GroupBuilder:
         self._is_output = is_output
         self._parent: dict[int, int] = {}
         self._places: dict[tuple[str, tuple[tuple[str, int], ...]], tuple[Role, bool, dict[int, int]]] = {}
+        self._layers: dict[str, nn.Module] = {}
         self._problem = ""
 
     def build(self) -> tuple[ChannelGroup, str]:
@@ -47,7 +49,8 @@ class GroupBuilder:
         for (path, tensors), (role, produces, places) in self._places.items():
             positions = sorted(places)
             channels = tuple(number[self._root(places[position])] for position in positions)
-            touches.append(Touch(path, tensors, tuple(positions), channels, role.size, role.attributes, produces))
+            touch = Touch(path, tensors, tuple(positions), channels, role.size, role.attributes, produces)
+            touches += [touch, *_beside(touch, self._layers[path])]
         if not self._problem and len(roots) < 2:
             self._problem = "its channels are all tied to each other by a grouped convolution"
         order = list(self._paths.values())
@@ -69,6 +72,7 @@ class GroupBuilder:
         if isinstance(roles, str):
             self._object(f"it is coupled to {path!r} ({type(module).__name__}): {roles}")
             roles = [Role((), 0)] if produces else []
+        self._layers[path] = module
         for role in roles:
             self._place(path, role, produces, list(item.idxs), list(item.root_idxs))
 
@@ -100,3 +104,19 @@ class GroupBuilder:
     def _join(self, one: int, other: int) -> None:
         a, b = sorted((self._root(one), self._root(other)))
         self._parent[b] = a
+
+
+def _beside(touch: Touch, layer: nn.Module) -> list[Touch]:
+    """Return what loses its indices together with a weight."""
+    return [
+        Touch(
+            f"{touch.path}.{each.path}",
+            tuple((name, 0) for name in each.tensors),
+            touch.positions,
+            touch.channels,
+            touch.size,
+            beside=True,
+        )
+        for each in companions_of(layer)
+        if (each.weight, each.dim) in touch.tensors
+    ]

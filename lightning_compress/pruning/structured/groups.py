@@ -30,6 +30,8 @@ class Touch:
         size: Length of the dimension.
         attributes: Integer attributes of the layer, with what they are for each index that is left.
         produces: Whether this is an output of a layer with weights.
+        beside: Whether it only goes with a weight (scales of a quantizer): it says nothing of what a channel is worth,
+            and stays as it is while a channel is zero.
     """
 
     path: str
@@ -39,6 +41,7 @@ class Touch:
     size: int
     attributes: tuple[tuple[str, int], ...] = ()
     produces: bool = False
+    beside: bool = False
 
     @cached_property
     def positions_of(self) -> Mapping[int, tuple[int, ...]]:
@@ -124,7 +127,9 @@ class Zeroing:
 
     def __init__(self, groups: Sequence[ChannelGroup], cuts: Cuts) -> None:
         self.groups, self.cuts = groups, cuts
-        touched = [(touch, group) for group in groups if cuts.get(group.name) for touch in group.touches]
+        touched = [
+            (touch, group) for group in groups if cuts.get(group.name) for touch in group.touches if not touch.beside
+        ]
         removed = [(touch, touch.cut(cuts[group.name])) for touch, group in touched]
         self._removed = [(touch, indices) for touch, indices in removed if indices]
         self._indices: dict[tuple[int, torch.device], Tensor] = {}

@@ -118,7 +118,8 @@ def has_gradients(group: ChannelGroup, layers: Layers) -> bool:
 
 def _weight(touch: Touch, layers: Layers, kind: str) -> nn.Parameter | None:
     """Return the tensor that counts: weights and scales, not biases or statistics; for some kinds, not all of them."""
-    value = getattr(layers[touch.path], touch.tensors[0][0], None) if touch.tensors else None
+    weighs = touch.tensors and not touch.beside
+    value = getattr(layers[touch.path], touch.tensors[0][0], None) if weighs else None
     if not isinstance(value, nn.Parameter) or "bias" in touch.tensors[0][0]:
         return None
     if kind == "bn_scale" and not isinstance(layers[touch.path], PER_CHANNEL):

@@ -38,10 +38,11 @@ class Obstacles:
         for path in group.producers:
             if path in self._ignored:
                 return f"it is coupled to {path!r}: {self._ignored[path]}"
-        takers = [touch for touch in group.touches if not touch.produces and not self._passes_on(touch.path)]
+        weights = [touch for touch in group.touches if not touch.beside]
+        takers = [touch for touch in weights if not touch.produces and not self._passes_on(touch.path)]
         if not takers:
             return self._end
-        for touch in group.touches:
+        for touch in weights:
             layer = get_layer(self._model, touch.path)
             for name, dim in touch.tensors:
                 tensor = getattr(layer, name)

@@ -58,6 +58,8 @@ def roles_of(layer: nn.Module, output: bool) -> list[Role] | str:
     >>> roles_of(nn.Linear(3, 2), output=False)
     [Role(tensors=(('weight', 1),), size=3, attributes=(('in_features', 1),), period=0, copies=1)]
     """
+    if reason := getattr(layer, "not_cut", ""):
+        return str(reason)
     if parametrize.is_parametrized(layer):
         return "its tensors are parametrized"
     if isinstance(weight := getattr(layer, "weight", None), Tensor) and not isinstance(weight, nn.Parameter):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_compress.core.companions import HasCompanions
 from lightning_compress.core.copies import tensors_in
 from lightning_compress.core.paths import named_layers, set_layer
 
@@ -67,7 +68,8 @@ def put_stand_ins(model: nn.Module) -> dict[nn.Module, tuple[str, nn.Module]]:
     """
     found: dict[nn.Module, tuple[str, nn.Module]] = {}
     for path, layer in named_layers(model).items():
-        if isinstance(layer, nn.RNNBase) and type(layer) in RECURRENT:
+        known = type(layer) in RECURRENT or isinstance(layer, HasCompanions)  # quantized ones compute as theirs do
+        if isinstance(layer, nn.RNNBase) and known:
             stand_in = RecurrentStandIn(layer)
             set_layer(model, path, stand_in)
             found[stand_in.channels] = (path, layer)

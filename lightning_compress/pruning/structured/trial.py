@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.core.companions import companions_of
 from lightning_compress.core.copies import full_copy, tensors_in
 from lightning_compress.core.isolation import call, device_of, map_tensors, same_randomness
 from lightning_compress.core.paths import named_layers
@@ -123,8 +124,10 @@ class _Trial:
 def _shake(model: nn.Module) -> None:
     """Give a copy random weights and statistics, so that no channel is silent and none is a copy of another."""
     generator = torch.Generator().manual_seed(0)
+    beside = [part.get_submodule(each.path) for part in model.modules() for each in companions_of(part)]
+    kept = {id(parameter) for module in beside for parameter in module.parameters()}  # random ranges would hide weights
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        if id(parameter) not in kept and parameter.is_floating_point():
             if parameter.dim() > 1:
                 drawn = torch.randn(parameter.shape, generator=generator)
                 drawn *= (2 * parameter.shape[0] / max(1, parameter.numel())) ** 0.5

@@ -51,7 +51,8 @@ def zero_channels_in(group: ChannelGroup, layers: Layers, norms: Mapping[str, st
     scaling = [touch for touch in scaling if not isinstance(layers[touch.path], nn.PReLU)]
     scaled = {touch.path for touch in scaling}
     made = [t for t in group.touches if t.produces and norms.get(t.path) not in scaled]
-    taken = [t for t in group.touches if not t.produces and not isinstance(layers[t.path], PASSING)]
+    weights = [touch for touch in group.touches if not touch.beside]
+    taken = [t for t in weights if not t.produces and not isinstance(layers[t.path], PASSING)]
     zero = torch.zeros(group.channels, dtype=torch.bool)
     for touches in ([*scaling, *made], taken):
         if touches:
