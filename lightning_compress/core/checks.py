@@ -25,19 +25,16 @@ def check_times(schedule: Schedule, trainer: Trainer) -> None:
     Raises:
         ConfigurationError: For an epoch that the run does not have, or a share of a run without end.
     """
-    times = [(name, getattr(schedule, name)) for name in ("start", "end", "every")]
     epochs, steps = trainer.max_epochs, trainer.max_steps
-    for name, time in [*times, *(("milestones", time) for time, _ in schedule.milestones)]:
+    for name, time in schedule.times():
         kind, number = parse_time(time, name)
         endless = (epochs is None or epochs < 0) and steps < 0
-        if schedule.shape in ("once", "milestones") and name in ("end", "every"):
-            continue
         if kind == "percent" and endless:
             Horizon(None, None).steps(time, name)
         beyond = kind == "epoch" and epochs is not None and 0 <= epochs < number + (name == "start")
         if beyond and not getattr(trainer, "fast_dev_run", False):
             raise ConfigurationError(
-                f"`{name}` of the schedule is epoch {time}, but `max_epochs` is {epochs}; train longer, or give "
+                f"`{name}`{schedule.belongs} is epoch {time}, but `max_epochs` is {epochs}; train longer, or give "
                 "an earlier time"
             )
 

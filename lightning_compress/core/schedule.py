@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning_compress.core.errors import ConfigurationError, did_you_mean
 
@@ -126,6 +126,8 @@ class Schedule:
     initial: float = 0.0
     power: float = 3.0
     milestones: tuple[tuple[Time, float], ...] = ()
+    belongs: ClassVar[str] = " of the schedule"
+    """What errors say after the name of a time; empty where it is an argument of the callback itself."""
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
@@ -159,6 +161,13 @@ class Schedule:
             )
         return tuple(checked)
 
+    def times(self) -> tuple[tuple[str, Time], ...]:
+        """Return the times to check before the length of the data is known, each under its name in errors."""
+        if self.shape == "milestones":
+            return tuple(("milestones", time) for time, _ in self.milestones)
+        names = ("start",) if self.shape == "once" else ("start", "end", "every")
+        return tuple((name, getattr(self, name)) for name in names)
+
     def resolve(self, horizon: Horizon, clamp: bool = False) -> Timeline:
         """Return the schedule in optimizer updates of a given run.
 
@@ -191,8 +200,7 @@ class Schedule:
             if every > horizon.total and not clamp:
                 raise ConfigurationError(
                     f"`every` of the schedule is {every} optimizer steps, but the run has {horizon.total} "
-                    f"({_epochs(horizon)}), so nothing would happen between `start` and `end`; give a shorter time, or "
-                    "shape='once'"
+                    f"({_epochs(horizon)}), so nothing would happen before the end; give a shorter time"
                 )
             end = min(end, last)
             points = tuple((min(step, last), amount) for step, amount in points)

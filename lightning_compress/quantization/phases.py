@@ -2,14 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lightning_compress.core.errors import ConfigurationError, did_you_mean
-from lightning_compress.core.schedule import Schedule, Time, parse_time
+from lightning_compress.core.schedule import Horizon, Schedule, Time, Timeline, parse_time
 
 FREEZES = ("ranges", "batch_norm")
 """What can be frozen towards the end."""
+
+
+@dataclass(frozen=True)
+class PhaseSchedule(Schedule):
+    """Milestones whose errors speak of the arguments that users gave.
+
+    Args:
+        names: The argument that each milestone comes from, in order.
+    """
+
+    names: tuple[str, ...] = ()
+    belongs: ClassVar[str] = ""
+
+    def times(self) -> tuple[tuple[str, Time], ...]:
+        """Return the time of each phase under the name of its argument."""
+        return tuple((name, time) for name, (time, _) in zip(self.names, self.milestones, strict=True))
+
+    def resolve(self, horizon: Horizon, clamp: bool = False) -> Timeline:
+        """Return the phases in optimizer updates of a run.
+
+        Raises:
+            ConfigurationError: If one begins after the run, or not after the one before it.
+        """
+        steps = [horizon.steps(time, name) for name, time in self.times()]
+        if horizon.total is not None:
+            last = max(0, horizon.total - 1)
+            for (name, time), step in zip(self.times(), steps, strict=True):
+                if step > (last if name == "start" else horizon.total) and not clamp:
+                    raise ConfigurationError(
+                        f"`{name}` is {time!r}, optimizer step {step}, but the run has {horizon.total}; train longer, "
+                        "or give an earlier time"
+                    )
+            steps = [min(step, last) for step in steps] if clamp else steps
+        self._check_order(steps, 0 if clamp else 1)
+        last = steps[-1] if horizon.total is None else max(0, horizon.total - 1)
+        points = tuple((min(step, last), amount) for step, (_, amount) in zip(steps, self.milestones, strict=True))
+        return Timeline(self, points[0][0], points[-1][0], 1, points)
+
+    def _check_order(self, steps: Sequence[int], least: int) -> None:
+        for (a, first), (b, second) in itertools.pairwise(zip(self.times(), steps, strict=True)):
+            if second < first + least:
+                raise ConfigurationError(
+                    f"`{b[0]}` is {b[1]!r}, optimizer step {second}, which must be later than `{a[0]}`, {a[1]!r}, "
+                    f"optimizer step {first}; give a later time, or an earlier `{a[0]}`"
+                )
 
 
 @dataclass(frozen=True)
@@ -25,11 +72,10 @@ class Phases:
     @property
     def schedule(self) -> Schedule:
         """A schedule whose amount k/n says that k of n phases have begun."""
-        if len(self.steps) == 1:
-            return Schedule(final=1.0, shape="once", start=self.steps[0][0])
         count = len(self.steps)
         points = tuple((time, (index + 1) / count) for index, (time, _) in enumerate(self.steps))
-        return Schedule(final=1.0, shape="milestones", milestones=points)
+        names = ("start", *("freeze." + " and freeze.".join(events) for _, events in self.steps[1:]))
+        return PhaseSchedule(final=1.0, shape="milestones", milestones=points, names=names)
 
     def begun(self, amount: float | None) -> set[str]:
         """Return what has begun at an amount of the schedule.

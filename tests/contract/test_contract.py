@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 
 import lightning_compress as lc
 from lightning_compress import CompressionCallback, ExactResume, Journal, SelectionError, journal_of
+from lightning_compress.core.checks import check_times
+from lightning_compress.core.schedule import Horizon, Schedule
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
@@ -201,6 +205,27 @@ class CopyInside(Callback):
 def test_pickles_and_deepcopies_inside_fit(row: Row, tmp_path: Path, trained: dict[str, Any]) -> None:
     model, _, _ = fit(row, tmp_path, extra=[CopyInside()])
     assert same(model.state_dict(), trained[row.name][1].state_dict())
+
+
+def complaints(schedule: Schedule) -> list[str]:
+    """Return what is said of a schedule where runs have no end, no length, or a single step."""
+    trainer, found = Trainer(max_epochs=-1, **QUIET), []
+    for horizon in (None, Horizon(None, None), Horizon(None, 9), Horizon(1, 1)):
+        try:
+            check_times(schedule, trainer) if horizon is None else schedule.resolve(horizon)
+        except lc.ConfigurationError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if hasattr(lc, type(row.build()).__name__)], ids=lambda r: r.name)
+def test_times_in_errors_are_arguments_that_the_callback_has(row: Row) -> None:
+    given = inspect.signature(type(row.build())).parameters
+    for message in [] if "schedule" in given else complaints(row.build().schedule):
+        names = {name.split(".")[0] for name in re.findall(r"`([a-z_.]+)`", message.split(" is ")[0])}
+        assert names, message
+        assert names <= given.keys(), message
+        assert "shape=" not in message
 
 
 def test_every_public_callback_has_a_row() -> None:

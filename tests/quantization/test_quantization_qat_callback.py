@@ -29,6 +29,8 @@ from lightning_compress import (
     convert,
     load_from_checkpoint,
 )
+from lightning_compress.core.checks import check_times
+from lightning_compress.core.schedule import Horizon
 from lightning_compress.quantization import ActivationQuantizer, Quantizer, quantizers_of
 from lightning_compress.quantization.affine import affine_parameters
 from lightning_compress.quantization.integer import integer_tensors
@@ -430,3 +432,32 @@ def test_two_processes_with_different_data_have_the_same_ranges(tmp_path: Path) 
     observed = [first["minmax"]["state"][f"net.stem.input_quantizer.observer.{end}"] for end in ("low", "high")]
     both = torch.stack([rank["minmax"]["extremes"] for rank in (first, second)])
     assert observed == [both[:, 0].min(), both[:, 1].max()]  # of the images of both
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"start": {"step": 10**6}}, r"`start` is {'step': 1000000}, optimizer step 1000000, but the run has 20"),
+        ({"start": {"step": 20}, "freeze": {}}, r"`start` is {'step': 20}, optimizer step 20, but the run has 20"),
+        ({"freeze": {"ranges": {"step": 99}}}, r"`freeze\.ranges` is {'step': 99}, .* but the run has 20"),
+        ({"start": 1, "freeze": {"batch_norm": "50%"}}, r"`freeze\.batch_norm` is '50%'.* later than `start`, 1, "),
+        (
+            {"start": {"step": 18}},
+            r"`freeze\.ranges and freeze\.batch_norm` is '80%', optimizer step 16, .* than `start`, {'step': 18}",
+        ),
+    ],
+)
+def test_times_that_do_not_fit_are_named_as_they_were_given(given: dict[str, Any], message: str) -> None:
+    schedule = QuantizationAwareTraining(**given).schedule
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        schedule.resolve(Horizon(total=20, per_epoch=10))
+    assert "milestones" not in str(caught.value)
+    assert schedule.resolve(Horizon(total=1, per_epoch=1), clamp=True).end == 0
+
+
+def test_times_are_named_where_the_run_has_no_length() -> None:
+    with pytest.raises(ConfigurationError, match=r"`freeze\.ranges and freeze\.batch_norm` is '80%' of the run"):
+        QuantizationAwareTraining(start=0).schedule.resolve(Horizon(None, 10))
+    callback = QuantizationAwareTraining(start=0, freeze={"ranges": 7})
+    with pytest.raises(ConfigurationError, match=r"`freeze\.ranges` is epoch 7, but `max_epochs` is 3"):
+        check_times(callback.schedule, Trainer(max_epochs=3, logger=False, enable_checkpointing=False))

@@ -131,6 +131,10 @@ class RewindSchedule(Schedule):
 
     rewind: Time = 0
 
+    def times(self) -> tuple[tuple[str, Time], ...]:
+        """Return none: whether a copy is still to be taken is known when a checkpoint has been loaded."""
+        return ()
+
     def resolve(self, horizon: Horizon, clamp: bool = False) -> Timeline:
         """Return the two updates that count: the first, and the one after which the copy is taken.
 

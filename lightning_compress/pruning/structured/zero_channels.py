@@ -15,7 +15,7 @@ from lightning_compress.core.journal import Edit
 from lightning_compress.core.paths import get_layer, named_layers
 from lightning_compress.core.plan import PlanRow
 from lightning_compress.core.run import Layers
-from lightning_compress.core.schedule import Schedule
+from lightning_compress.core.schedule import Horizon, Schedule, Time, Timeline
 from lightning_compress.core.select import Select, Selection
 from lightning_compress.pruning.fitting import following_norms
 from lightning_compress.pruning.merging import NeuronMerging
@@ -76,6 +76,18 @@ def _zero_at(touch: Touch, layers: Layers, channels: int) -> Tensor:
     return filled == 0
 
 
+class _Watched(Schedule):
+    """Looks at a run twenty times; at its beginning only, if it has no end."""
+
+    def times(self) -> tuple[tuple[str, Time], ...]:
+        return ()
+
+    def resolve(self, horizon: Horizon, clamp: bool = False) -> Timeline:
+        if horizon.total is None:
+            return Schedule(final=1.0, shape="once").resolve(horizon, clamp)
+        return super().resolve(horizon, clamp)
+
+
 class ZeroChannelRemoval(CompressionCallback):
     """Cut out channels that training has made zero, for a model that is really smaller and faster.
 
@@ -105,7 +117,7 @@ class ZeroChannelRemoval(CompressionCallback):
     supported: ClassVar[tuple[type[nn.Module], ...]] = CUTTABLE
 
     def __init__(self, select: Select | None = None, name: str | None = None) -> None:
-        watched = Schedule(final=1.0, end="100%", every="5%", shape="linear")
+        watched = _Watched(final=1.0, end="100%", every="5%", shape="linear")
         super().__init__(watched, Select() if select is None else select, name)
         self._groups: tuple[ChannelGroup, ...] = ()
         self._norms: dict[str, str] = {}
