@@ -162,10 +162,8 @@ def loss_aware_scale(weight: Tensor, curvature: Tensor) -> Tensor:
     >>> loss_aware_scale(torch.tensor([1.0, -3.0]), torch.tensor([3.0, 1.0])).item()
     1.5
     """
-    total = curvature.sum()
-    if not bool(total > 0):
-        return weight.abs().mean()
-    return (curvature * weight.abs()).sum() / total
+    total, magnitude = curvature.sum(), weight.abs()
+    return torch.where(total > 0, (curvature * magnitude).sum() / total, magnitude.mean())  # without asking a GPU
 
 
 def binarize_inputs(x: Tensor) -> Tensor:

@@ -53,14 +53,14 @@ class Pull(NamedTuple):
     """Where a mixture and the weights under it want to go.
 
     Args:
-        loss: Negative log prior of all values, hyper-prior not included.
+        loss: Negative log prior of all values, hyper-prior not included, 0-dim.
         values: Its gradient by each value, (n,).
         means: By each mean, (J,), and so on for the other two.
         log_sigmas: (J + 1,).
         logits: (J,).
     """
 
-    loss: float
+    loss: Tensor
     values: Tensor
     means: Tensor
     log_sigmas: Tensor
@@ -125,7 +125,7 @@ def pull(values: Tensor, mixture: Mixture) -> Pull:
         mass += share.sum(0)
     others = mass[1:].sum() * mixture.logits.softmax(0) - mass[1:]
     gradient = torch.cat(parts) if parts else values.to(centres)
-    return Pull(float(loss), gradient, by_mean[1:], by_sigma, others)
+    return Pull(loss, gradient, by_mean[1:], by_sigma, others)
 
 
 def precision_pull(mixture: Mixture) -> Tensor:
