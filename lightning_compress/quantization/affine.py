@@ -171,11 +171,26 @@ def in_python(*tensors: Tensor) -> bool:
     return not torch.compiler.is_compiling() and all(t.dim() == 0 and t.device.type == "cpu" for t in tensors)
 
 
+def round_of(fresh: Tensor) -> Tensor:
+    """Round a tensor that nobody else holds: in place, but not while a graph is recorded."""
+    return torch.round(fresh) if torch.compiler.is_compiling() else fresh.round_()
+
+
+def times(fresh: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply a tensor that nobody else holds, in place where :func:`round_of` rounds in place, and return ``dtype``.
+
+    What is returned comes out of an operation of its own: where it was another tensor changed in place, or itself in
+    the type that it has, ``torch.compile`` of torch 2.11 made the gradient of a function that defines it zero.
+    """
+    product = fresh * scale if torch.compiler.is_compiling() else fresh.mul_(scale)
+    return product if product.dtype == dtype else product.to(dtype)
+
+
 class _Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
         scale = exact(scale)
-        return (exact(x) / scale).round_().mul_(scale).to(x.dtype)
+        return times(round_of(exact(x) / scale), scale, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -195,8 +210,8 @@ class _FakeQuantize(torch.autograd.Function):
             return (exact(x) / step).round_().clamp_(low, high).mul_(step).to(x.dtype)
         lows, highs = least - zero_point, greatest - zero_point
         ctx.save_for_backward(x, scale, lows, highs)
-        q = (exact(x) / scale).round_()
-        return torch.minimum(torch.maximum(q, lows.to(q.dtype)), highs.to(q.dtype)).mul_(scale).to(x.dtype)
+        q = round_of(exact(x) / scale)
+        return times(torch.minimum(torch.maximum(q, lows.to(q.dtype)), highs.to(q.dtype)), scale, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

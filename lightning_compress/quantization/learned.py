@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lightning_compress.quantization.affine import along, exact, fake_quantize_inside, in_python
+from lightning_compress.quantization.affine import along, exact, fake_quantize_inside, in_python, round_of, times
 
 
 def learned_step(
@@ -239,9 +239,9 @@ def _on_grid(x: Tensor, scale: Tensor, low: Any, high: Any) -> Tensor:
     if isinstance(low, int) and in_python(scale):
         step = scale.item()
         return (exact(x) / step).round_().clamp_(low, high).mul_(step).to(x.dtype)
-    q = (exact(x) / exact(scale)).round_()
+    q = round_of(exact(x) / exact(scale))
     if isinstance(low, int):
-        q = q.clamp_(low, high)
+        q = q.clamp(low, high)
     else:
         q = torch.minimum(torch.maximum(q, low.to(q.dtype)), high.to(q.dtype))
-    return q.mul_(exact(scale)).to(x.dtype)
+    return times(q, exact(scale), x.dtype)

@@ -27,6 +27,7 @@ def test_no_config_is_forgotten():
     assert set(MODELS) == {"digits_cnn", "lenet300", "lenet5", "resnet20", "resnet56", "torchvision", "custom"} | {
         "caffenet",
         "resnet20_cifar10",
+        "resnet56_cifar10",
         "perceptron",
         "staged_cnn",
         "vgg16",

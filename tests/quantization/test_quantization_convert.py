@@ -47,7 +47,7 @@ def integer(weight: Tensor, *, symmetric: bool = True, per_channel: bool = True,
 
 
 def norm_of(gamma: list[float], beta: list[float], mean: list[float], variance: list[float]) -> nn.BatchNorm1d:
-    norm = nn.BatchNorm1d(len(gamma), eps=0.0).eval()
+    norm = nn.BatchNorm1d(len(gamma), eps=1e-30).eval()  # nothing, but above 0, as older torch wants it
     for tensor, values in zip(
         (norm.weight, norm.bias, norm.running_mean, norm.running_var), (gamma, beta, mean, variance), strict=True
     ):
