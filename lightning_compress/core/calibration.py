@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.copies import tensors_in
 from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.examples import beside
+from lightning_compress.core.inputs import inputs_of
+from lightning_compress.core.isolation import call
 
 
 def check_batches(batches: Any, samples: int) -> None:
@@ -25,13 +27,14 @@ def check_batches(batches: Any, samples: int) -> None:
             f"`batches` must be something that can be read again, got {type(batches).__name__}; give a list of "
             "batches, a loader or a data module"
         )
-    if batches is not None and not (isinstance(batches, Iterable) or callable(_loader_of(batches))):
+    if batches is not None and not (isinstance(batches, Iterable) or callable(loader_of(batches))):
         raise ConfigurationError(
             f"`batches` must be a tensor, a list of batches, a loader or a data module, got {type(batches).__name__}"
         )
 
 
-def _loader_of(batches: object) -> Any:
+def loader_of(batches: object) -> Any:
+    """Return what makes the loader of a data module, ``None`` for anything else."""
     return getattr(batches, "train_dataloader", None)
 
 
@@ -55,13 +58,14 @@ def calibration_batches(batches: Any, samples: int) -> Iterator[Any]:
     Raises:
         ConfigurationError: If there is none.
 
+    >>> import torch
     >>> [len(batch) for batch in calibration_batches([torch.zeros(3, 2)] * 4, samples=5)]
     [3, 3]
     """
     require_batches(batches)
     if isinstance(batches, Tensor):
         batches = [batches]
-    elif callable(_loader_of(batches)):
+    elif callable(loader_of(batches)):
         batches.prepare_data()
         batches.setup("fit")
         batches = batches.train_dataloader()
@@ -77,13 +81,5 @@ def calibration_batches(batches: Any, samples: int) -> Iterator[Any]:
 
 
 def run_on(model: nn.Module, batch: Any) -> Any:
-    """Call ``model`` with a batch: a tensor, the first item of a list or tuple, or a mapping as keywords."""
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    inputs = batch[0] if isinstance(batch, list | tuple) else batch
-    if isinstance(inputs, Mapping):
-        return model(**{key: _to(value, device) for key, value in inputs.items()})
-    return model(_to(inputs, device))
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+    """Call ``model`` with the inputs in a batch, see :func:`~lightning_compress.core.inputs.inputs_of`."""
+    return call(model, beside(model, inputs_of(model, batch)))

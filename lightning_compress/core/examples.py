@@ -22,6 +22,7 @@ def own_example(model: nn.Module) -> Any:
 def beside(model: nn.Module, inputs: Any) -> Any:
     """Return inputs with all their tensors on the device of the model, wherever data and model are now.
 
+    >>> import torch
     >>> beside(nn.Linear(1, 1, device="meta"), {"x": torch.zeros(1)})["x"].device.type
     'meta'
     """
@@ -43,6 +44,7 @@ def example_from(loaders: Any) -> Any:
     Raises:
         ConfigurationError: If no loader has a data set with positions, or a batch does not start with a tensor.
 
+    >>> import torch
     >>> data = torch.utils.data.TensorDataset(torch.zeros(5, 3), torch.zeros(5))
     >>> example_from(DataLoader(data, batch_size=4)).shape
     torch.Size([2, 3])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core.calibration import run_on
 from lightning_compress.core.errors import ConfigurationError
-from lightning_compress.core.isolation import eval_mode
+from lightning_compress.core.isolation import eval_mode, map_tensors
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -55,9 +55,8 @@ def sample_gradients(
 
 
 def _gradient(model: nn.Module, weights: Mapping[str, Tensor], batch: Any, index: int, loss: Loss) -> dict[str, Tensor]:
-    inputs = batch[0]
     one = slice(index, index + 1)
-    part = {key: value[one] for key, value in inputs.items()} if isinstance(inputs, Mapping) else inputs[one]
+    part = map_tensors(lambda tensor: tensor[one] if tensor.dim() else tensor, batch[0])
     with torch.enable_grad():
         output = run_on(model, (part,))
         target = batch[1][one].to(output.device) if isinstance(output, Tensor) else batch[1][one]

@@ -14,6 +14,7 @@ from lightning_compress.core.calibration import check_batches
 from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.errors import ConfigurationError, SelectionError, did_you_mean
 from lightning_compress.core.examples import own_example
+from lightning_compress.core.first_look import check_first_batch
 from lightning_compress.core.journal import Edit
 from lightning_compress.core.latency import LatencyGoal
 from lightning_compress.core.paths import get_layer
@@ -135,6 +136,8 @@ class LowRank(CompressionCallback):
 
     def examine(self, root: nn.Module, example_inputs: Any) -> Selection:
         """Keep the example, and refuse goals that cannot be reached before the model trains for them."""
+        if self.when == "after" and not self.at_once and self.batches is not None:
+            check_first_batch(root, self.batches)
         self._search.example = example_inputs
         layers = {path: layer for path, layer in self.layers(root).items() if path != ROOT}
         if self.when == "after" and not self.at_once:

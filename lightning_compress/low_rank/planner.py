@@ -12,6 +12,8 @@ from torch import nn
 from lightning_compress.core.calibration import calibration_batches, run_on
 from lightning_compress.core.cost import count_macs, count_parameters
 from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.first_look import check_first_batch, not_finite, require_finite_weights
+from lightning_compress.core.inputs import inputs_of
 from lightning_compress.core.isolation import batch_size_of, call, same_randomness
 from lightning_compress.core.progress import slow
 from lightning_compress.low_rank.choice import divide, grows, own_ranks, smallest
@@ -52,10 +54,10 @@ class Layers:
         """Run the model on calibration batches, or else on an example, if there are any."""
         self.example = example
         if batches is not None:
+            check_first_batch(self.model, batches)
             with same_randomness():
                 data = list(calibration_batches(batches, samples))
-            first = data[0][0] if isinstance(data[0], list | tuple) else data[0]
-            self.example = first if example is None else example
+            self.example = inputs_of(self.model, data[0]) if example is None else example
             gather = [path for path in self.modules if self._keeps_outputs(path)]
             self.seen = look(self.model, self.modules, data, run_on, -(-samples // len(data)), gather)
         elif example is not None:
@@ -66,7 +68,9 @@ class Layers:
         """Find the candidates of every layer, or only the smallest of each, which takes no time."""
         for path, layer in slow(self.modules.items(), "Weighing ranks"):
             seen, how = self.seen.get(path, Seen()), self.settings[path]
-            _require_finite(path, layer, seen)
+            require_finite_weights(path, layer)
+            if not seen.finite:
+                raise not_finite(path)
             norm = how.batch_norm and takes_norm(layer)
             table = table_of(path, layer, self.methods[path], seen.sizes, seen.rows, norm, smallest_only, seen.moments)
             self.tables[path] = in_steps(table, shape_now(layer).groups, how.round_to)
@@ -79,19 +83,6 @@ class Layers:
     def uncalled(self, path: str) -> bool:
         """Return whether the model was run and did not call a layer."""
         return self.asked and path not in self.seen
-
-
-def _require_finite(path: str, layer: nn.Module, seen: Seen) -> None:
-    bad = [name for name, tensor in layer.named_parameters() if not bool(tensor.isfinite().all())]
-    if bad:
-        raise ConfigurationError(
-            f"`{path}.{bad[0]}` holds NaN or infinity, which no factors have; load a checkpoint from before that, or "
-            "leave the layer out with `select`"
-        )
-    if not seen.finite:
-        raise ConfigurationError(
-            f"`batches`: what {path!r} sees on them holds NaN or infinity; give calibration batches without"
-        )
 
 
 def choose_each(layers: Layers, paths: Sequence[str], named: Sequence[str]) -> dict[str, Decision]:

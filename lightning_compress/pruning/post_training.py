@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_compress.core.calibration import calibration_batches, check_batches, require_batches
 from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.errors import ConfigurationError, SelectionError, did_you_mean
+from lightning_compress.core.first_look import check_first_batch, require_finite
 from lightning_compress.core.hessians import collect_hessians
 from lightning_compress.core.journal import Edit
 from lightning_compress.core.patches import CONVOLUTIONS
@@ -51,6 +52,7 @@ class PostTrainingPruning(CompressionCallback):
 
     link: ClassVar[str] = "prune"
     supported: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, *CONVOLUTIONS)
+    needs_example: ClassVar[bool] = False
 
     def __init__(
         self, amount: float, batches: Any, select: Select | None, damping: float, samples: int, name: str | None
@@ -90,6 +92,11 @@ class PostTrainingPruning(CompressionCallback):
             )
         return Selection({ROOT: root, **{target.layer: layers[target.layer] for target in self._targets}}, left)
 
+    def examine(self, root: nn.Module, example_inputs: Any) -> Selection:
+        """Refuse calibration data that the model cannot run on before it is trained."""
+        check_first_batch(root, self.batches)
+        return Selection(self.layers(root), dict(self._left))
+
     def plan(self, layers: Layers) -> list[PlanRow]:
         """Return a row for each weight."""
         action = f"prune to {self.schedule.final:g} after fit, on a copy"
@@ -119,7 +126,9 @@ class PostTrainingPruning(CompressionCallback):
 
     def _prune_all(self, layers: Layers) -> None:
         chosen = {path: layer for path, layer in layers.items() if path != ROOT}
-        self.prune(layers[ROOT], chosen, list(calibration_batches(self.batches, self.samples)))
+        batches = list(calibration_batches(self.batches, self.samples))
+        require_finite(layers[ROOT], chosen, batches)
+        self.prune(layers[ROOT], chosen, batches)
         if self.in_fit and torch.distributed.is_available() and torch.distributed.is_initialized():
             for layer in chosen.values():  # processes may have read different batches: the first decides for all
                 for parameter in layer.parameters(recurse=False):
@@ -137,7 +146,8 @@ class OptimalBrainCompression(PostTrainingPruning):
     It takes about ``out * in^3`` operations in float64 per layer, two to three minutes for a layer with 1,000 inputs
     and outputs on one core, and is meant for inputs up to a few thousand. Frozen layers are pruned too.
 
-    Runs on: CPU and CUDA, ``ddp``. A batch is called as ``model(batch)``, ``model(batch[0])`` or ``model(**batch)``.
+    Runs on: CPU and CUDA, ``ddp``. A batch is ``inputs`` or ``(inputs, targets)``; inputs are a tensor, a tuple of
+    several positional ones, or a mapping of keywords (of which those that ``forward`` does not take are left out).
 
     Args:
         amount: Share of zeros, 0 to below 1; of each layer, unless ``scope`` is ``"global"``.

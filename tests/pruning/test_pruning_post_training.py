@@ -306,7 +306,7 @@ def test_more_bad_arguments():
     with pytest.raises(ConfigurationError, match="does not depend"):
         lc.compress(net, constant)
     only = Select(include=("used",))
-    with pytest.raises(ConfigurationError, match="'used': `hessian`"):
+    with pytest.raises(ConfigurationError, match="`batches`: what 'used' sees on them holds NaN"):
         lc.compress(net, OptimalBrainCompression(0.5, torch.full((4, 4), torch.nan), only))
     with pytest.raises(SelectionError, match="no layer of type LSTM"):
         lc.compress(net, OptimalBrainCompression(0.5, torch.zeros(2, 4), Select(types=("LSTM",))))

@@ -14,6 +14,7 @@ from lightning_compress.core.calibration import calibration_batches, check_batch
 from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.examples import own_example
+from lightning_compress.core.first_look import check_first_batch, require_finite
 from lightning_compress.core.journal import Edit
 from lightning_compress.core.plan import PlanRow, render_plan
 from lightning_compress.core.rules import build_rules
@@ -48,7 +49,8 @@ class PostTrainingQuantization(CompressionCallback):
     task; with 4 bits for activations, or 2 for weights, train. Layers that share their weight, transposed convolutions,
     embeddings, recurrent and attention layers are rounded to the nearest value.
 
-    Runs on: CPU and CUDA, ``ddp``. A batch is called as ``model(batch)``, ``model(batch[0])`` or ``model(**batch)``.
+    Runs on: CPU and CUDA, ``ddp``. A batch is ``inputs`` or ``(inputs, targets)``; inputs are a tensor, a tuple of
+    several positional ones, or a mapping of keywords (of which those that ``forward`` does not take are left out).
 
     With a goal in place of bits (:class:`BitGoal`) the bits of the weights are divided over the layers by what
     each layer loses, so that the file is as small, or the accuracy as high, as asked; ``bits_by_layer`` and the plan
@@ -68,8 +70,8 @@ class PostTrainingQuantization(CompressionCallback):
         name: Tells two of these callbacks apart.
 
     Raises:
-        ConfigurationError: For a value outside its range, a learned range, a model that is quantized already, or a
-            goal that a trained model cannot reach.
+        ConfigurationError: For a value outside its range, a learned range, a model that is quantized already, batches
+            that the model cannot run on or that hold NaN or infinity, or a goal that a trained model cannot reach.
         SelectionError: If no layer is selected, or a rule matches none.
 
     >>> from lightning_compress import compress
@@ -80,6 +82,7 @@ class PostTrainingQuantization(CompressionCallback):
     """
 
     supported: ClassVar[tuple[type[nn.Module], ...]] = tuple(CLASSES)
+    needs_example: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -122,6 +125,11 @@ class PostTrainingQuantization(CompressionCallback):
             {ROOT: root, **{path: root.get_submodule(path) for path in self._choice.paths}}, self._choice.left
         )
 
+    def examine(self, root: nn.Module, example_inputs: Any) -> Selection:
+        """Refuse calibration data that the model cannot run on before it is trained."""
+        check_first_batch(root, self.batches)
+        return Selection(self.layers(root), dict(self._left))
+
     def plan(self, layers: Layers) -> list[PlanRow]:
         """Return a row for each layer, and one for each other module whose result is quantized."""
         rows = plan_rows(layers, self._choice.assigned, self._choice.sites)
@@ -162,6 +170,7 @@ class PostTrainingQuantization(CompressionCallback):
     def _quantize(self, layers: Layers) -> None:
         root = layers[ROOT]
         batches = list(calibration_batches(self.batches, self.steps.samples))
+        require_finite(root, {path: layers[path] for path in self._choice.assigned}, batches)
         many = self.in_fit and torch.distributed.is_available() and torch.distributed.is_initialized()
         if self.goal is not None:
             self._divide(root, self.goal, batches, many)

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.hessians import collect_hessians
+from lightning_compress.core.inputs import inputs_of as arguments_of
 from lightning_compress.core.paths import named_layers
 from lightning_compress.core.verbs import apply
 from lightning_compress.quantization.choice import Choice
@@ -59,7 +60,7 @@ def quantize_trained(
     if steps.equalize:
         left |= equalize_layers(model, choice, batches)
     plain = plain_layers(model, known, _quantized_paths(choice))
-    folds = {layer: norm for norm, layer in place_quantizers(model, (), example_of(batches)).folds.items()}
+    folds = {layer: norm for norm, layer in place_quantizers(model, (), example_of(model, batches)).folds.items()}
     summed = summed_layers(model, choice)
     wanted = output_means(model, summed, batches)
     sites, specs = calibrated_sites(choice.sites)
@@ -89,7 +90,7 @@ def equalize_layers(model: nn.Module, choice: Choice, batches: Sequence[Any]) ->
     """
     known = named_layers(model)
     plain = plain_layers(model, known, _quantized_paths(choice))
-    pairs = find_pairs(model, list(plain), example_of(batches))
+    pairs = find_pairs(model, list(plain), example_of(model, batches))
     return equalize(model, known, [pair for pair in pairs if _worth(pair.first, pair.second, choice)], batches[0])
 
 
@@ -99,9 +100,9 @@ def summed_layers(model: nn.Module, choice: Choice) -> dict[str, nn.Module]:
     return {p: known[p] for p in choice.assigned if isinstance(known[p], (nn.Linear, *ALL_CONVOLUTIONS))}
 
 
-def example_of(batches: Sequence[Any]) -> Any:
-    """Return the inputs of the first batch."""
-    return batches[0][0] if isinstance(batches[0], list | tuple) else batches[0]
+def example_of(model: nn.Module, batches: Sequence[Any]) -> Any:
+    """Return the inputs of the first batch: positional ones, or a mapping of keywords."""
+    return arguments_of(model, batches[0])
 
 
 def _quantized_paths(choice: Choice) -> list[str]:

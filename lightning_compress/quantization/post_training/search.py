@@ -139,7 +139,7 @@ class _Search:
 
     def _file_bytes(self, picks: Sequence[int]) -> int:
         copy = self._quantized(picks)
-        convert_in_place(copy, example_of(self.batches))
+        convert_in_place(copy, example_of(copy, self.batches))
         with tempfile.TemporaryDirectory() as folder:
             return save_compressed(copy, Path(folder) / "trial.safetensors").bytes + _ROOM
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.errors import ConfigurationError, SelectionError, did_you_mean
+from lightning_compress.core.first_look import check_first_batch
 from lightning_compress.core.paths import named_layers
 from lightning_compress.core.plan import PlanRow
 from lightning_compress.core.randomness import common_seed
@@ -86,6 +87,7 @@ class WeightSharing(CompressionCallback):
 
     link: ClassVar[str] = "share"
     supported: ClassVar[tuple[type[nn.Module], ...]] = SHAREABLE
+    needs_example: ClassVar[bool] = False
     runs_after: ClassVar[tuple[type[Callback], ...]] = (WeightAveraging, StochasticWeightAveraging)
 
     def __init__(
@@ -136,6 +138,12 @@ class WeightSharing(CompressionCallback):
             self._held.groups |= {k: f"{_EVERYTHING} {dtype}" if mixed else _EVERYTHING for k, dtype in free.items()}
         whole = {_ROOT: root} if isinstance(self.importance, Fisher) else {}
         return Selection({**whole, **found.layers}, found.left)
+
+    def examine(self, root: nn.Module, example_inputs: Any) -> Selection:
+        """Refuse calibration data that the model cannot run on before it is trained."""
+        if isinstance(self.importance, Fisher):
+            check_first_batch(root, self.importance.batches)
+        return Selection(self.layers(root), dict(self._left))
 
     def plan(self, layers: Layers) -> list[PlanRow]:
         """Return a row for each tensor: which rule, its shape, and how its values become few.

@@ -63,6 +63,12 @@ class Fisher:
             count += 1
             for key, gradient in gradients.items():
                 sums[key] += gradient.double().square()
+        for key, total in sums.items():
+            if not bool(total.isfinite().all()):
+                raise ConfigurationError(
+                    f"`batches`: the gradients of {key!r} on them hold NaN or infinity; give calibration batches "
+                    "without, or another `loss`"
+                )
         return {key: total.detach() / max(1, count) for key, total in sums.items()}
 
 

@@ -1,0 +1,69 @@
+"""What a model is called with, given a batch as loaders make it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_compress.core.paths import original
+
+
+def inputs_of(model: nn.Module, batch: Any) -> Any:
+    """Return the inputs in a batch, as :func:`~lightning_compress.core.isolation.call` takes them.
+
+    Args:
+        model: Whose ``forward`` decides how a mapping is passed.
+        batch: Inputs, or a tuple or list that begins with the inputs (targets and others follow). Inputs are a tensor,
+            a tuple of several positional arguments (loaders make lists of tuples, so a list is the same if ``forward``
+            needs several), or a mapping: keywords, without those that ``forward`` does not take, if it takes them by
+            name; else one positional argument.
+
+    Returns:
+        A tuple of positional arguments, or a mapping of keyword arguments.
+
+    >>> inputs_of(nn.Linear(1, 1), ("x", "target")), inputs_of(nn.Bilinear(1, 1, 1), (("x", "y"), "target"))
+    (('x',), ('x', 'y'))
+    >>> inputs_of(nn.Linear(1, 1), {"input": "x", "labels": "target"})
+    {'input': 'x'}
+    >>> inputs_of(nn.Linear(1, 1), {"image": "x"})
+    ({'image': 'x'},)
+    """
+    inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if isinstance(inputs, Mapping):
+        keywords = _keywords(model, inputs)
+        return (inputs,) if keywords is None else keywords
+    several = isinstance(inputs, tuple) or (isinstance(inputs, list) and _needs_several(model))
+    return tuple(inputs) if several and not hasattr(inputs, "_fields") else (inputs,)
+
+
+def _parameters(model: nn.Module) -> list[inspect.Parameter] | None:
+    """Return the parameters of ``forward``, or ``None`` if it does not tell them."""
+    try:
+        return list(inspect.signature(original(model).forward).parameters.values())
+    except (TypeError, ValueError):  # compiled elsewhere
+        return None
+
+
+def _needed(parameters: list[inspect.Parameter]) -> list[str]:
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
+
+
+def _needs_several(model: nn.Module) -> bool:
+    parameters = _parameters(model) or []
+    return len(_needed(parameters)) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+
+
+def _keywords(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the part of a mapping that ``forward`` takes by name; ``None`` if it takes the mapping as a whole."""
+    parameters = _parameters(model)
+    if parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return dict(given)
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    found = {name: given[name] for name in names if name in given}
+    needed = _needed(parameters)
+    fits = found and all(name in found for name in needed)
+    return found if fits or len(needed) > 1 else None
