@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_compress.core.isolation import batch_size_of
 from lightning_compress.export.extras import require
@@ -82,13 +82,33 @@ def _any_batch(model: Any) -> bool:
     return any(not isinstance(shape[0], int) for shape in shapes)
 
 
+class Together(nn.Module):
+    """A network whose positional arguments come as one tuple.
+
+    Args:
+        model: The network.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: tuple[Any, ...]) -> Any:
+        """Return the network's output."""
+        return self.model(*inputs)
+
+
 def _try(prepared: Prepared, opset: int, shapes: Any) -> tuple[Any, str]:
     """Return the exported program, or why there is none."""
+    module: nn.Module = prepared.module
+    inputs = prepared.inputs
+    if isinstance(inputs[-1], Mapping):  # a last one that is a mapping is taken for keywords
+        module, inputs = Together(module), (inputs,)
     try:
         with _quietly():
             program = torch.onnx.export(
-                prepared.module,
-                prepared.inputs,
+                module,
+                inputs,
                 dynamo=True,
                 external_data=False,
                 opset_version=opset,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_compress.core.copies import full_copy, tensors_in
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.examples import own_example
+from lightning_compress.core.inputs import inputs_of
 from lightning_compress.core.isolation import batch_size_of, call, map_tensors
 from lightning_compress.core.paths import original
 from lightning_compress.quantization.convert import convert_in_place, is_quantized
@@ -48,7 +49,7 @@ class Prepared:
         inputs: Positional example inputs, with at least two samples.
         expected: What the module returns for them.
         quantized: Whether it computes with integers somewhere.
-        names: Of the inputs.
+        names: Of the inputs, a mapping being as many as it holds.
         left: What stays float, and why.
     """
 
@@ -86,16 +87,26 @@ def prepare(model: nn.Module, example_inputs: Any) -> Prepared:
             part.freeze()
     for parameter in copied.parameters():
         parameter.requires_grad_(False)
+    if isinstance(given, Mapping):
+        given = inputs_of(copied, given)
     named = isinstance(given, Mapping)
     values = tuple(given.values()) if named else tuple(given) if isinstance(given, tuple | list) else (given,)
-    names = tuple(map(str, given)) if named else tuple(f"input_{i}" for i in range(len(values)))
-    module = Forward(copied, names if named else None).eval()
+    keys = tuple(map(str, given)) if named else tuple(f"input_{i}" for i in range(len(values)))
+    module = Forward(copied, keys if named else None).eval()
+    names = tuple(name for key, value in zip(keys, values, strict=True) for name in _names(key, value))
     try:
         with torch.inference_mode():
             expected = call(module, values)
     except Exception as error:  # the user's own code
         raise ConfigurationError(f"`example_inputs`: the model cannot run on them ({error})") from error
     return Prepared(module, values, expected, bool(weights), ("input",) if len(names) == 1 else names, left)
+
+
+def _names(name: str, value: Any) -> list[str]:
+    """Return a name for each input that a runtime has for one argument: a mapping comes as its values."""
+    if not isinstance(value, Mapping):
+        return [name]
+    return [one for key, item in value.items() for one in _names(str(key), item)]
 
 
 def _at_least_two(tensor: Tensor, batch: int | None) -> Tensor:

@@ -66,8 +66,8 @@ def export(
         model: Any module, a LightningModule too; it is not changed.
         path: The file to write; missing folders are made, a missing ending is added.
         target: One of the above.
-        example_inputs: One batch (a tensor, a tuple of positional or a mapping of keyword arguments); by default the
-            module's ``example_input_array``.
+        example_inputs: One batch (a tensor, a tuple of positional or a mapping of keyword arguments, which may be
+            mappings themselves); by default the module's ``example_input_array``.
         dynamic_batch: Whether the first dimension of the inputs may change; if the model does not allow it, the result
             says so.
         verify: Whether to run the file on the example inputs and compare.

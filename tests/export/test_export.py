@@ -183,6 +183,29 @@ def test_lightning_modules_keywords_and_pruned_networks(tmp_path) -> None:
     assert all(same(mine, theirs, 1e-5) for mine, theirs in zip(got, expected.values(), strict=True))
 
 
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_mapping_may_be_one_positional_argument(bits: int | None, tmp_path) -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 2), nn.Linear(3, 2)
+
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return self.one(batch["x"]) - self.two(batch["y"])
+
+    torch.manual_seed(0)
+    model, batch = Whole().eval(), {"x": torch.randn(5, 4), "y": torch.randn(5, 3)}
+    if bits:
+        calibrate(quantize(model, bits), batch)
+    for example in ((batch,), batch, {"batch": batch}) if bits is None else ((batch,),):
+        made = export(model, tmp_path / "net", example_inputs=example)
+        assert made.dynamic_batch
+        assert [item.name for item in onnx.load(made.path).graph.input] == ["x", "y"]
+        part = {key: value[:3] for key, value in batch.items()}
+        with torch.no_grad():
+            assert same(run(made.path, *part.values())[0], model(part))
+
+
 def test_a_fixed_batch_size_is_said(tmp_path) -> None:
     class Fixed(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
