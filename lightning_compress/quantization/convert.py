@@ -15,6 +15,7 @@ from lightning_compress.core.paths import get_layer, named_layers
 from lightning_compress.core.verbs import apply
 from lightning_compress.quantization.affine import BITS, along
 from lightning_compress.quantization.fixed import FixedQuantizer
+from lightning_compress.quantization.fixed_point.layers import has_fixed_point
 from lightning_compress.quantization.graph import BATCH_NORMS
 from lightning_compress.quantization.integer import IntegerLayer, integers_of
 from lightning_compress.quantization.integer_tensor import IntegerTensor
@@ -62,8 +63,10 @@ def convert(model: ModelT, example_inputs: Any = None, inplace: bool = False) ->
         The network in integers. ``save_compressed`` stores its integers as they are; ``export`` writes it for runtimes.
 
     Raises:
-        ConfigurationError: If nothing in ``model`` is quantized.
+        ConfigurationError: If ``model`` is no module, or nothing in it is quantized.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"`model` must be a torch.nn.Module with quantized layers, got {type(model).__name__}")
     converted = model if inplace else cast(ModelT, full_copy(model))
     convert_in_place(converted, example_inputs)
     return converted
@@ -185,6 +188,8 @@ def _why_not_folded(norm: Any, layer: Any, quantized: bool) -> str:
         return "it has no running statistics"
     if getattr(layer, "output_quantizer", None) is not None:
         return "the output of the layer before it is quantized"
+    if has_fixed_point(layer):
+        return "the output of the layer before it is rounded to fixed point"
     if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d) and layer.groups > 1:
         return "a grouped transposed convolution has one scale for several channels"
     quantizer = layer.weight_quantizer

@@ -17,6 +17,7 @@ from lightning_compress.evaluation.measurement import layer_table, measure
 from lightning_compress.quantization import IntegerLayer, convert, convert_in_place
 from lightning_compress.quantization.convert import fold_batch_norm
 from lightning_compress.quantization.fixed import FixedQuantizer
+from lightning_compress.quantization.fixed_point.layers import fixed_point_output
 from lightning_compress.quantization.integer import integer_layer, integer_tensors
 from lightning_compress.quantization.layers import quantize_layer
 from lightning_compress.quantization.nibbles import pack_integers, unpack_integers
@@ -154,6 +155,21 @@ def test_batch_norms_that_cannot_fold_stay() -> None:
     assert left["5"] == "it has no running statistics"
 
 
+def test_a_batch_norm_stays_behind_outputs_in_fixed_point() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)).eval()
+    net[0].weight.data.mul_(20.0)  # outputs beyond the format's ends, which a fold would not clip
+    net[1].running_var.fill_(30.0)
+    fixed_point_output(net[0], [2, 6])
+    x = torch.randn(8, 1, 4, 4)
+    quantize(net)
+    calibrate(net, x)
+    with torch.no_grad():
+        fake, found = net(x), convert(net)(x)
+    assert torch.equal(found, fake)
+    assert convert_in_place(net).left["1"] == "the output of the layer before it is rounded to fixed point"
+
+
 def test_the_file_holds_integers_and_loads_on_the_bare_architecture(tmp_path) -> None:
     model, x = ready(Small, 4)
     converted = convert(model)
@@ -250,6 +266,8 @@ def test_packing_is_exact(bits: int, signed: bool) -> None:
 def test_bad_input_is_named() -> None:
     with pytest.raises(ConfigurationError, match="`model` has no quantized layer"):
         convert(Small())
+    with pytest.raises(ConfigurationError, match="got NoneType"):
+        convert(None)
     with pytest.raises(ConfigurationError, match="Linear has quantizers for no weight, not for"):
         integer_layer(nn.Linear(2, 2), {"weight": {"bits": 8}})
 
