@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_compress.core.averaging import copy_again
-from lightning_compress.core.checks import check_times, check_trainer
+from lightning_compress.core.checks import check_layers, check_times, check_trainer
 from lightning_compress.core.clock import (
     UpdateClock,
     callbacks_of,
@@ -67,6 +67,8 @@ class CompressionCallback(Method, Callback):
     """Callbacks that must stand after this one."""
     conflicts_with: ClassVar[tuple[type[Callback], ...]] = ()
     """Callbacks that cannot be used together with this one."""
+    conflicts_on_layers: ClassVar[tuple[type[Callback], ...]] = ()
+    """Callbacks that cannot be used on the same layers as this one."""
     counts_fits: ClassVar[bool] = False
     """Whether each fit is a round, so that one of a Trainer that is at its end already is refused."""
 
@@ -131,7 +133,8 @@ class CompressionCallback(Method, Callback):
 
     @final
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the edits final: a checkpoint would have been loaded by now."""
+        """Make the edits final: a checkpoint would have been loaded by now, and all callbacks know their layers."""
+        check_layers(self, trainer)
         forget_undo(pl_module)
         if self._edited and trainer.ckpt_path is None:
             copy_again(trainer, pl_module, self)

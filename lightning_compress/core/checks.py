@@ -75,6 +75,24 @@ def check_trainer(callback: CompressionCallback, trainer: Trainer) -> None:
             )
 
 
+def check_layers(callback: CompressionCallback, trainer: Trainer) -> None:
+    """Raise if another callback holds values in a layer that ``callback`` holds others in.
+
+    Raises:
+        ConfigurationError: For the first such callback; names the layers.
+    """
+    for other in callbacks_of(trainer):
+        if other is callback or not isinstance(other, callback.conflicts_on_layers) or not isinstance(other, Method):
+            continue
+        both = [path for path in callback.selected if path and path in other.selected]
+        if both:
+            raise ConfigurationError(
+                f"{type(callback).__name__} and {type(other).__name__} would both hold the weights of "
+                f"{', '.join(map(repr, both[:3]))}{' ...' if len(both) > 3 else ''} at values of their own; give each "
+                "layers of its own with `select`, or remove one of them"
+            )
+
+
 def _check_name(callback: CompressionCallback, callbacks: list[Callback]) -> None:
     """Refuse two callbacks whose states a checkpoint could not tell apart."""
     same = [other for other in callbacks if other.state_key == callback.state_key]

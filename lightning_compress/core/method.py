@@ -72,6 +72,12 @@ class Method(Blanks):
 
     @property
     @final
+    def selected(self) -> tuple[str, ...]:
+        """Paths of the selected layers, as soon as the model is known."""
+        return self._paths
+
+    @property
+    @final
     def updates(self) -> int:
         """Number of optimizer updates this callback has counted."""
         return self._clock.updates

@@ -24,14 +24,19 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from lightning_compress import (
+    Binarization,
     ConfigurationError,
     EarlyStoppingAtTarget,
     ExactResume,
+    FixedPointTraining,
     IterativePruning,
     ModelCheckpointAtTarget,
     Schedule,
     Select,
     SelectionError,
+    SoftWeightSharing,
+    Ternarization,
+    WeightSharing,
     load_compressed,
     save_compressed,
 )
@@ -346,6 +351,34 @@ def test_conflicts_and_duplicates(tmp_path: Path) -> None:
     trainer(tmp_path, *different, ModelCheckpoint(tmp_path, "last")).fit(Task())
     states = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
     assert {"IterativePruning[net.stem]", "IterativePruning[net.grouped]"} <= set(states)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        (WeightSharing(2), FixedPointTraining()),
+        (SoftWeightSharing(1e-4), FixedPointTraining()),
+        (Binarization("bwn"), Ternarization()),
+        (Ternarization(), WeightSharing(2)),
+        (SoftWeightSharing(1e-4), Binarization()),
+        (FixedPointTraining(), Binarization()),
+    ],
+    ids=lambda pair: "-".join(type(callback).__name__ for callback in pair),
+)
+def test_two_grids_for_one_weight_are_refused(pair: tuple[Callback, Callback], tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"would both hold the weights of 'net\.\w+', .* at values of their own"
+    ):
+        trainer(tmp_path, *pair, enable_checkpointing=False).fit(Task())
+
+
+def test_grids_of_their_own_for_different_layers_are_fine(tmp_path: Path) -> None:
+    model = Task()
+    fixed = FixedPointTraining((2, 3), None, None, select=Select(include="net.head"))
+    sharing = WeightSharing(2, Schedule(1.0, start=0, shape="once"), Select(include="net.stem"))
+    trainer(tmp_path, sharing, fixed, enable_checkpointing=False).fit(model)
+    assert len(model.net.stem.weight.unique()) <= 4
+    assert not (model.net.head.weight * 8).frac().any()
 
 
 @pytest.mark.parametrize(

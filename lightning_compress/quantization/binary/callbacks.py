@@ -29,6 +29,8 @@ from lightning_compress.quantization.binary.layers import (
 )
 from lightning_compress.quantization.binary.weights import few_levels_of, owners_of, real_weight, why_held
 from lightning_compress.quantization.optimizers import check_second_moments, second_moment
+from lightning_compress.quantization.sharing.callbacks import WeightSharing
+from lightning_compress.quantization.soft_sharing.callbacks import SoftWeightSharing
 
 METHODS = ("binary_connect", "bwn", "xnor", "binary_net", "loss_aware")
 _KIND = {
@@ -115,6 +117,9 @@ class FewLevelsCallback(CompressionCallback):
         return {"strength": strength, "distance": mean**0.5}
 
 
+FewLevelsCallback.conflicts_on_layers = (FewLevelsCallback, WeightSharing, SoftWeightSharing)
+
+
 class Binarization(FewLevelsCallback):
     r"""Train with weights of two values, which take one bit each.
 
@@ -177,6 +182,8 @@ class Binarization(FewLevelsCallback):
             raise ConfigurationError(f"`stochastic` goes with 'binary_connect' and 'binary_net' only, got {method!r}")
         if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float) or not bound > 0):
             raise ConfigurationError(f"`bound` must be a number above 0, got {bound!r}")
+        if bound is not None and _KIND[method] != "sign_weight":
+            raise ConfigurationError(f"`bound` goes with 'binary_connect' and 'binary_net' only, got {method!r}")
         self.method, self.stochastic, self.bound = method, stochastic, None if bound is None else float(bound)
 
     @property

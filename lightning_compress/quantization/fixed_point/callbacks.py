@@ -20,8 +20,11 @@ from lightning_compress.core.plan import PlanRow
 from lightning_compress.core.run import Layers
 from lightning_compress.core.schedule import Schedule
 from lightning_compress.core.select import Select, Selection
+from lightning_compress.quantization.binary.callbacks import FewLevelsCallback
 from lightning_compress.quantization.fixed_point.functions import ROUNDINGS, FixedPoint, round_to
 from lightning_compress.quantization.fixed_point.layers import has_fixed_point
+from lightning_compress.quantization.sharing.callbacks import WeightSharing
+from lightning_compress.quantization.soft_sharing.callbacks import SoftWeightSharing
 
 
 class FixedPointTraining(CompressionCallback):
@@ -69,6 +72,7 @@ class FixedPointTraining(CompressionCallback):
         nn.ConvTranspose3d,
     )
     runs_after: ClassVar[tuple[type[Callback], ...]] = (WeightAveraging, StochasticWeightAveraging)
+    conflicts_on_layers: ClassVar[tuple[type[Callback], ...]] = (WeightSharing, SoftWeightSharing, FewLevelsCallback)
 
     def __init__(
         self,
