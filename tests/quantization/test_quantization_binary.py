@@ -300,6 +300,7 @@ def test_half_precision_weights_keep_their_type():
         ({"method": "binaryconnect"}, "did you mean 'binary_connect'"),
         ({"method": "bwn", "stochastic": True}, "`stochastic` goes with"),
         ({"bound": 0}, "`bound` must be a number above 0"),
+        ({"method": "bwn", "bound": 1.0}, "`bound` goes with 'binary_connect' and 'binary_net' only, got 'bwn'"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
