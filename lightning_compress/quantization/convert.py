@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -20,7 +21,7 @@ from lightning_compress.quantization.graph import BATCH_NORMS
 from lightning_compress.quantization.integer import IntegerLayer, integers_of
 from lightning_compress.quantization.integer_tensor import IntegerTensor
 from lightning_compress.quantization.layers import channel_axis, weight_of, weight_quantizers_of
-from lightning_compress.quantization.placement import place_quantizers
+from lightning_compress.quantization.placement import READ, place_quantizers
 from lightning_compress.quantization.quantizer import Quantizer, WeightQuantizer
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -51,7 +52,9 @@ def convert(model: ModelT, example_inputs: Any = None, inplace: bool = False) ->
               b' = \beta + (b - \mu)\, \gamma / \sqrt{v + \epsilon}
 
     so the outputs are those of the fake-quantized network in evaluation mode, up to float rounding (which may move a
-    value to the next integer of the quantizer behind it). Integers of up to four bits are packed into bytes.
+    value to the next integer of the quantizer behind it). Where a function of the network reads a layer's weight by
+    itself (``F.linear(x, self.fc.weight.t())``), it gets what the integers say, with a warning. Integers of up to four
+    bits are packed into bytes.
 
     Args:
         model: With quantized layers, as QuantizationAwareTraining or PostTrainingQuantization leaves it.
@@ -169,7 +172,9 @@ def _foldable(model: nn.Module, layers: dict[str, Any], example_inputs: Any, don
     """Return the batch norms to fold, and note why others stay."""
     known = named_layers(model)
     norms = [path for path, module in known.items() if isinstance(module, BATCH_NORMS)]
-    folds = dict(place_quantizers(model, (), example_inputs).folds) if norms else {}
+    placement = place_quantizers(model, (), example_inputs)
+    folds = dict(placement.folds)
+    _note_reads([path for path in placement.reads if path in layers], done)
     for path in norms:
         layer = known.get(folds.get(path, ""))
         reason = _why_not_folded(known[path], layer, folds.get(path, "") in layers)
@@ -177,6 +182,18 @@ def _foldable(model: nn.Module, layers: dict[str, Any], example_inputs: Any, don
             folds.pop(path, None)
             done.left[path] = reason
     return folds
+
+
+def _note_reads(paths: list[str], done: Conversion) -> None:
+    """Say where integers change what a function of the network computes with a weight."""
+    done.left |= {f"{path}.weight": READ for path in paths}
+    if paths:
+        warnings.warn(
+            f"the weight of {', '.join(map(repr, paths))} is also read by a function of the network, where it was real "
+            "numbers in training and is what the integers say now: the outputs are not exactly those of the "
+            "fake-quantized network. Use the layer itself there, or exclude it from quantization",
+            stacklevel=2,
+        )
 
 
 def _why_not_folded(norm: Any, layer: Any, quantized: bool) -> str:

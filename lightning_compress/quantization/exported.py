@@ -48,9 +48,9 @@ def trace_by_export(model: nn.Module, example_inputs: Any) -> Graph:
         program = torch.export.export(model, args, dict(inputs) if isinstance(inputs, Mapping) else None, strict=False)
     signature = program.graph_signature
     constants = {
-        *signature.inputs_to_parameters,
-        *signature.inputs_to_buffers,
-        *signature.inputs_to_lifted_tensor_constants,
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
     }
     return _Reader(model, constants).read(program.graph)
 
@@ -58,7 +58,7 @@ def trace_by_export(model: nn.Module, example_inputs: Any) -> Graph:
 class _Reader:
     """Turns the nodes of an exported program into operations, those of one layer's call into one."""
 
-    def __init__(self, model: nn.Module, constants: set[str]) -> None:
+    def __init__(self, model: nn.Module, constants: Mapping[str, str]) -> None:
         self.layers = {path for path, module in named_layers(model).items() if is_layer(module)}
         self.modules = named_layers(model)
         self.constants = constants
@@ -75,7 +75,7 @@ class _Reader:
                 self.callers[node] = ()
             elif node.op == "placeholder":
                 kind = "constant" if node.name in self.constants else "input"
-                self._add(node, Operation(kind, "the input" if kind == "input" else node.name))
+                self._add(node, Operation(kind, "the input" if kind == "input" else self.constants[node.name]))
             else:
                 self._read_call(node)
         self._find_blocks(traced)
@@ -94,6 +94,8 @@ class _Reader:
         inputs = tuple(self.known[source] for source in node.all_input_nodes)
         if depth is None:
             name = function_name(node.target)
+            if _kind(name, node, inputs) != "shape":
+                self.graph.reads += [clean_path(each.label) for each in inputs if each.kind == "constant"]
             values = tuple(each for each in inputs if each.kind != "constant" or len(inputs) > 1)
             self._add(node, Operation(_kind(name, node, inputs), name, "", values, calls))
             return

@@ -74,11 +74,13 @@ class Graph:
         operations: In the order they run.
         results: Operations whose values the network returns.
         blocks: Which operation's value a call of a module with children returns: (path, number of the call).
+        reads: Paths of the parameters that are used outside of layers, by functions.
     """
 
     operations: list[Operation] = field(default_factory=list)
     results: list[Operation] = field(default_factory=list)
     blocks: dict[tuple[str, int], Operation] = field(default_factory=dict)
+    reads: list[str] = field(default_factory=list)
 
     def users(self) -> dict[Operation, list[Operation]]:
         """Return the operations that take each value."""

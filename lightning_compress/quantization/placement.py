@@ -10,11 +10,14 @@ from torch import nn
 
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.paths import clean_path, named_layers
-from lightning_compress.quantization.graph import Graph, Operation, kind_of_layer, unique
+from lightning_compress.quantization.graph import Graph, Operation, is_layer, kind_of_layer, unique
 from lightning_compress.quantization.tracing import trace_network
 
 WEIGHTED = ("convolution", "linear", "attention")
 """Kinds of layers whose arithmetic runtimes do in integers, given integer inputs."""
+
+READ = "a function of the network reads it beside its layer: real numbers in training, what the integers say after"
+"""What is said of a quantized weight that is used outside of its layer."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,14 @@ class Placement:
         folds: Path of each batch norm that a convolution or linear layer can take in -> path of that layer.
         left: What stays float, by path, and why.
         methods: How each part of the network was looked at: path -> ``"fx"``, ``"export"`` or ``"layers"``.
+        reads: Paths of the layers whose weight the network also uses by itself, in a function: it is float there.
     """
 
     points: tuple[Point, ...] = ()
     folds: Mapping[str, str] = field(default_factory=dict)
     left: Mapping[str, str] = field(default_factory=dict)
     methods: Mapping[str, str] = field(default_factory=dict)
+    reads: tuple[str, ...] = ()
 
 
 def place_quantizers(model: nn.Module, layers: Collection[str] | None = None, example_inputs: Any = None) -> Placement:
@@ -104,7 +109,16 @@ def place_quantizers(model: nn.Module, layers: Collection[str] | None = None, ex
         else:
             left[path] = "the network does not call it in evaluation mode"
     places = {(point.path, point.side, point.index): point for point in reversed(points)}
-    return Placement(tuple(reversed(places.values())), folds, left, traced.methods)
+    reads = _owners(model, {path for graph in traced.graphs for path in graph.reads})
+    return Placement(tuple(reversed(places.values())), folds, left, traced.methods, reads)
+
+
+def _owners(model: nn.Module, parameters: Collection[str]) -> tuple[str, ...]:
+    """Return the paths of the layers that have one of these parameters for their weight, under whatever name."""
+    every = model.named_parameters(remove_duplicate=False)
+    held = {id(parameter) for name, parameter in every if clean_path(name) in parameters}
+    layers = named_layers(model).items()
+    return tuple(path for path, layer in layers if is_layer(layer) and id(getattr(layer, "weight", None)) in held)
 
 
 class _Placer:

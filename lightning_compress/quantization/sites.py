@@ -12,7 +12,7 @@ from lightning_compress.core.paths import get_layer, named_layers
 from lightning_compress.quantization.assignment import Assignment
 from lightning_compress.quantization.calls import CONVOLUTIONS, TRANSPOSED
 from lightning_compress.quantization.layers import QuantizedLayer
-from lightning_compress.quantization.placement import Point, place_quantizers
+from lightning_compress.quantization.placement import READ, Point, place_quantizers
 from lightning_compress.quantization.spec import QuantizerSpec
 
 _SLOTS = ("input", "key", "value")
@@ -70,7 +70,8 @@ def find_sites(
             outputs[point.path] = spec
         elif spec is not None:
             inputs.setdefault(point.path, {})[_SLOTS[point.index]] = spec
-    return Sites(inputs, outputs, placement.left)
+    reads = {f"{path}.weight": READ for path in placement.reads if path in assigned and assigned[path].weights}
+    return Sites(inputs, outputs, {**placement.left, **reads})
 
 
 def sites_of(root: nn.Module) -> Sites:

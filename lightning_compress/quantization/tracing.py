@@ -197,6 +197,8 @@ class _Reader:
         if node.op == "placeholder":
             return Operation("input", "the input", inside=inside)
         if node.op == "get_attr":
+            if any(_takes_values(user) for user in node.users):
+                self.graph.reads.append(self.tracer.path(str(node.target)))
             return Operation("constant", str(node.target), inside=inside)
         if node.op == "call_module":
             layer = self.model.get_submodule(str(node.target))
@@ -205,6 +207,14 @@ class _Reader:
             return Operation(kind_of_layer(layer), type(layer).__name__, path, inputs, inside, tuple(places))
         name = function_name(node.target)
         return Operation(_kind_of_call(name, node, inputs), name, "", inputs, inside)
+
+
+def _takes_values(user: fx.Node) -> bool:
+    """Return whether a node uses the values of what it is given, not only its shape, type or device."""
+    name = function_name(user.target)
+    if name == "getattr":
+        return user.args[1] in ("T", "mT", "H", "mH", "data")
+    return user.op != "output" and kind_of_function(name) != "shape"
 
 
 def _kind_of_call(name: str, node: fx.Node, inputs: tuple[Operation, ...]) -> str:
