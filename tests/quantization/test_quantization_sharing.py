@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_compress import (
     ConfigurationError,
@@ -424,6 +425,25 @@ def refused_before_training(model: LightningModule, callback: Any, message: str)
         fit(model, callback)
     assert model.trainer.global_step == 0
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class NoReads(TorchDispatchMode):
+    """Refuse to read values, for which a GPU would have to be waited for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_squared_gradients_are_collected_without_reading_them_and_leave_out_steps_that_overflow() -> None:
+    net, callback = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1)), WeightSharing(2, at(3), importance="gradients")
+    layers = callback.choose(net).layers
+    for first, second in (([1.0, float("inf")], 9.0), ([1.0, 2.0], 3.0), ([2.0, 0.0], float("nan")), ([1.0, 1.0], 1.0)):
+        net[0].weight.grad, net[1].weight.grad = torch.tensor([first]), torch.tensor([[second]])
+        with NoReads():
+            callback.observe(layers)
+    squares = {key: value.tolist() for key, value in callback.values().items() if key.startswith("squares:")}
+    assert squares == {"squares:0.weight": [[2.0, 5.0]], "squares:1.weight": [[10.0]]}
 
 
 class TwoOptimizers(Net):

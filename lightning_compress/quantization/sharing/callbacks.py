@@ -171,10 +171,13 @@ class WeightSharing(CompressionCallback):
         if self.importance != "gradients":
             return
         grads = {k: w.grad for k, w in self._held.unshared(layers).items() if w.grad is not None}
-        if all(bool(torch.isfinite(grad).all()) for grad in grads.values()):  # else the gradient scaler skips the step
-            for key, grad in grads.items():
-                square = grad.float().square()
-                self._squares[key] = self._squares[key].add_(square) if key in self._squares else square
+        if not grads:
+            return
+        device = next(iter(grads.values())).device
+        fine = torch.stack([torch.isfinite(grad).all().to(device) for grad in grads.values()]).all()
+        for key, grad in grads.items():  # else the gradient scaler skips the step; the device is not asked
+            square = torch.where(fine.to(grad.device), grad.float().square(), 0.0)
+            self._squares[key] = self._squares[key].add_(square) if key in self._squares else square
 
     def before_step(self, layers: Layers, optimizer: Optimizer, scale: float) -> None:
         """Give every weight the gradient of its shared value."""
