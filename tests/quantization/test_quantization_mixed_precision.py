@@ -219,6 +219,11 @@ def test_layers_that_share_a_weight_get_the_same_bits_and_files_are_small(tmp_pa
         ({"size": 0.5, "per_chanel": False}, "'per_channel'"),
         ({"size": 0.0001}, "comes to .* where .* is allowed"),
         ({"drop": 0, "metric": lambda net: -float(len(quantizers_of(net)))}, "comes to"),
+        ({"drop": 1, "metric": lambda net: None}, "`metric` must return a number .* got a NoneType"),
+        ({"drop": 1, "metric": lambda net: float("nan")}, "`metric` must return a number .* nan"),
+        ({"drop": 1, "metric": lambda net: float("-inf")}, "`metric` must return a number .* -inf"),
+        ({"drop": 1, "metric": lambda net: torch.ones(2)}, "`metric` must return a number .* shape .2."),
+        ({"drop": 1, "metric": lambda net: 1.0 if not quantizers_of(net) else float("nan")}, "`metric` must return"),
     ],
 )
 def test_refuses(weights: dict[str, Any], message: str) -> None:

@@ -28,8 +28,8 @@ class BitGoal:
         drop: Instead, how much ``metric`` may fall, at least 0; by default points of accuracy, in per cent. What
             comes out is the smallest model found that falls no more.
         bits: What a layer can get, at least two different numbers from 2 to 8.
-        metric: For ``drop``: called with a model, returns what should be large. By default the share of right answers
-            on the calibration batches, in per cent; where these have no labels, right is what the float model answers.
+        metric: For ``drop``: called with a model, returns what should be large, a number. By default the share of right
+            answers on the calibration batches, in per cent; without labels right is what the float model answers.
             Calibration batches flatter: a function that looks at validation data tells more.
         weights: Other arguments of the weights' quantizers, such as ``{per_channel: false}``.
 

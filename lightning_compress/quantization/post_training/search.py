@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -116,16 +117,16 @@ class _Search:
         """Return the smallest division found whose metric falls no more than allowed."""
         allowed = float(self.goal.drop or 0.0)
         metric = self.goal.metric or _Accuracy(self.model, self.batches)
-        before = float(metric(self.model))
+        before = _judge(metric, self.model, finite=True)
         best = tuple(len(layer.bits) - 1 for layer in self.layers)
-        fall = before - float(metric(self._quantized(best)))
+        fall = before - _judge(metric, self._quantized(best))
         low, high = total(self.lines, self.fewest), total(self.lines, best)
         known = {best: fall}
         for _ in range(_TRIES if fall <= allowed else 0):
             middle = (low + high) / 2
             picks = least_error(self.lines, middle) or self.fewest
             if picks not in known:
-                known[picks] = before - float(metric(self._quantized(picks)))
+                known[picks] = before - _judge(metric, self._quantized(picks))
             if known[picks] <= allowed:
                 best, high = picks, min(middle, total(self.lines, picks))
             else:
@@ -145,6 +146,21 @@ class _Search:
 
     def _division(self, picks: Sequence[int], measured: float, allowed: float) -> Division:
         return Division(_bits(self.layers, picks), measured <= allowed, measured, allowed)
+
+
+def _judge(metric: Callable[[nn.Module], float], model: nn.Module, finite: bool = False) -> float:
+    """Return what ``metric`` says of a model, which must be a number."""
+    given = metric(model)
+    try:
+        value = float(given)
+    except (TypeError, ValueError, RuntimeError):  # a tensor of several values is a RuntimeError
+        value = math.nan
+    if math.isnan(value) or (finite and math.isinf(value)):
+        raise ConfigurationError(
+            f"`metric` must return a number that is larger for better models, got {_kind(given)}: {given!r}; of a "
+            "quantized model that computes nothing useful it may be -inf"
+        )
+    return value
 
 
 def _bits(layers: Sequence[Candidates], picks: Sequence[int]) -> dict[str, int]:
