@@ -38,7 +38,12 @@ def new_classifier(seed: int) -> ImageClassifier:
 
 
 def train(
-    module: ImageClassifier, data: ImageDataModule, epochs: int, callbacks: Sequence[Callback] = (), batches: int = 0
+    module: ImageClassifier,
+    data: ImageDataModule,
+    epochs: int,
+    callbacks: Sequence[Callback] = (),
+    batches: int = 0,
+    accelerator: str = "cpu",
 ) -> None:
     """Train on the 55,000 images, or on so many batches of them an epoch, and look at nothing meanwhile."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -47,7 +52,7 @@ def train(
         callbacks=list(callbacks),
         limit_train_batches=batches or None,
         limit_val_batches=0,
-        accelerator="cpu",
+        accelerator=accelerator,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -54,6 +54,7 @@ FEW = [f"trainer.limit_{part}_batches=2" for part in ("train", "val", "test")]
 
 def test_no_recipe_is_forgotten() -> None:
     assert set(RECIPES) == {
+        "binary_mnist",
         "caffenet_tai",
         "digits_low_rank",
         "mnist_lenet5_low_rank",
