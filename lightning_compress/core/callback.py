@@ -69,6 +69,8 @@ class CompressionCallback(Method, Callback):
     """Callbacks that cannot be used together with this one."""
     conflicts_on_layers: ClassVar[tuple[type[Callback], ...]] = ()
     """Callbacks that cannot be used on the same layers as this one."""
+    comes_last: ClassVar[bool] = False
+    """Whether no other callback can edit what this one leaves after fit."""
     counts_fits: ClassVar[bool] = False
     """Whether each fit is a round, so that one of a Trainer that is at its end already is refused."""
 

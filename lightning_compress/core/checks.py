@@ -57,6 +57,7 @@ def check_trainer(callback: CompressionCallback, trainer: Trainer) -> None:
     _check_name(callback, callbacks)
     check_chain(callbacks, "callbacks")
     _check_after_fit(callback, callbacks)
+    _check_last(callback, callbacks[mine + 1 :])
     for position, other in enumerate(callbacks):
         if other is callback:
             continue
@@ -116,6 +117,16 @@ def _check_after_fit(callback: CompressionCallback, callbacks: list[Callback]) -
             raise ConfigurationError(
                 f"{type(other).__name__} changes weights after fit, which would undo what {type(callback).__name__} "
                 f"did in it; give {type(other).__name__} a fit of its own, before"
+            )
+
+
+def _check_last(callback: CompressionCallback, later: list[Callback]) -> None:
+    """Refuse a callback behind one whose result it could not edit."""
+    for other in later if callback.comes_last else ():
+        if isinstance(other, Method) and overrides(other, "finalize"):
+            raise ConfigurationError(
+                f"`callbacks` has {type(other).__name__} behind {type(callback).__name__}, which leaves nothing to it; "
+                f"put {type(callback).__name__} last"
             )
 
 

@@ -47,6 +47,7 @@ class IntegerConversion(CompressionCallback):
     """
 
     runs_after: ClassVar[tuple[type[Callback], ...]] = (QuantizationAwareTraining,)
+    comes_last: ClassVar[bool] = True
 
     def __init__(self, name: str | None = None) -> None:
         super().__init__(Schedule(final=1.0, shape="once"), Select(), name)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import (
+    ConfigurationError,
     IntegerConversion,
     QuantizationAwareTraining,
     SelectionError,
@@ -127,6 +128,14 @@ def test_quantized_training_goes_on_after_a_cut(tmp_path: Path) -> None:
     assert ranges_fit(smaller)
     assert ranges_fit(model)
     assert convert(smaller).net.stem[0].out_channels == smaller.net.stem[0].out_channels < 8
+
+
+def test_integers_come_last(tmp_path: Path) -> None:
+    callbacks = [QuantizationAwareTraining(), IntegerConversion(), StructuredPruning(0.4)]
+    with pytest.raises(
+        ConfigurationError, match="StructuredPruning behind IntegerConversion, which leaves nothing to it"
+    ):
+        trainer(tmp_path, *callbacks).fit(Task())
 
 
 def test_scales_are_no_weights_of_a_channel() -> None:
