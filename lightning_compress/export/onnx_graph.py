@@ -89,7 +89,8 @@ def repeat_quantization(graph: Any, node: Any) -> None:
 def quantize_bias(graph: Any, gemm: Any) -> None:
     """Write the bias of a quantized linear layer as int32 sums of products, without which onnxruntime computes floats.
 
-    Its scale is the product of those of the input and the weight, far finer than either.
+    Its scale is the product of those of the input and the weight, far finer than either; where few bits and few inputs
+    make it so coarse that outputs would move by more than a hundredth of their spread, the bias stays float.
     """
     ir = require("onnx_ir", "onnx")
     producers = [value.producer() for value in gemm.inputs[:2]]
@@ -100,7 +101,8 @@ def quantize_bias(graph: Any, gemm: Any) -> None:
     scales = [node.inputs[1].const_value.numpy() for node in producers]
     scale = np.broadcast_to(scales[0] * scales[1], bias.shape.numpy()).astype(np.float32)
     sums = np.round(bias.const_value.numpy().astype(np.float64) / scale)
-    if np.abs(sums).max(initial=0) > np.iinfo(np.int32).max:
+    moved = np.abs(bias.const_value.numpy().astype(np.float64) / scale - sums)
+    if np.abs(sums).max(initial=0) > np.iinfo(np.int32).max or (moved > _MOVED * _spread(gemm, producers[1])).any():
         return
     arrays = {"int32": sums.astype(np.int32), "scale": scale, "zero_point": np.zeros(scale.shape, np.int32)}
     made = [_initializer(graph, f"{bias.name}_{gemm.outputs[0].name}_{key}", array) for key, array in arrays.items()]
@@ -108,6 +110,18 @@ def quantize_bias(graph: Any, gemm: Any) -> None:
     restore.outputs[0].dtype, restore.outputs[0].shape = bias.dtype, bias.shape
     graph.insert_before(gemm, restore)
     gemm.replace_input_with(2, restore.outputs[0])
+
+
+_MOVED, _LEVELS = 0.01, 4.0
+"""Share of an output's spread that rounding its bias may move it by; spread of inputs of 4 bits, in levels."""
+
+
+def _spread(gemm: Any, weight: Any) -> Any:
+    """Return how far each output of a linear layer spreads at least, in steps of its bias, if inputs have 4 bits."""
+    transposed = gemm.attributes.get("transB")
+    rows = weight.inputs[0].const_value.numpy().astype(np.float64)
+    rows = rows if transposed is not None and transposed.as_int() else rows.T
+    return _LEVELS * np.linalg.norm(rows, axis=1)
 
 
 def _initializer(graph: Any, name: str, array: Any) -> Any:

@@ -97,6 +97,21 @@ def test_a_quantized_network_has_its_integers_on_disk(written) -> None:
     assert made.left == {}
 
 
+@pytest.mark.parametrize(("bits", "kept"), [(4, True), (8, False)])
+def test_biases_stay_float_where_their_integers_would_be_coarse(bits: int, kept: bool, tmp_path) -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(64, 3), nn.Sequential(nn.Linear(3, 4))
+    calibrate(quantize(model, bits, bits), x)
+    with torch.no_grad():
+        quantizer = model[0].input_quantizer
+        model[0].bias.copy_(0.5 * quantizer.scale * model[0].weight_quantizer.scale.flatten())  # half of a step
+        expected = model(x)
+    made = export(model, tmp_path / "net", example_inputs=x)
+    kinds = [item.data_type for item in onnx.load(made.path).graph.initializer]
+    assert (onnx.TensorProto.INT32 not in kinds) == kept
+    assert same(run(made.path, x)[0], expected, 1e-5 if kept else 0.01)
+
+
 def test_the_model_itself_is_not_changed(written, tmp_path) -> None:
     model, made = written
     before = copy.deepcopy(model.state_dict())
