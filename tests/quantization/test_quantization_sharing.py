@@ -580,3 +580,40 @@ def test_whole_networks_become_small_files_that_restore_every_bit(name: str, tmp
     assert all(torch.equal(value, state[key]) for key, value in restored.state_dict().items())
     dense = sum(4 * parameter.numel() for parameter in shared.parameters())
     assert (tmp_path / "file.safetensors").stat().st_size < dense / 7
+
+
+class Split(Net):
+    """Biases and weights with an optimizer each, in manual optimization."""
+
+    def __init__(self, several: bool) -> None:
+        super().__init__()
+        self.several, self.automatic_optimization = several, False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizers = self.optimizers() if self.several else [self.optimizers()]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        layers = (self.first, self.second)
+        parts = [[layer.bias for layer in layers], [layer.weight for layer in layers]]  # the first steps first
+        return [torch.optim.SGD(part, lr=0.05) for part in (parts if self.several else [parts[0] + parts[1]])]
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_an_optimizer_of_biases_alone_does_not_sum_gradients_again(scope: str) -> None:
+    def trained(several: bool) -> dict[str, Tensor]:
+        seed_everything(0, verbose=False)
+        model = Split(several)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = Trainer(max_epochs=3, accelerator="cpu", enable_checkpointing=False, **quiet, callbacks=[
+            WeightSharing(2, schedule=Schedule(1.0, shape="once"), select=Select(), scope=scope)
+        ])  # fmt: skip
+        trainer.fit(model, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=16))
+        return model.state_dict()
+
+    together, apart = trained(False), trained(True)
+    assert all(torch.equal(together[key], apart[key]) for key in together)

@@ -181,7 +181,7 @@ class WeightSharing(CompressionCallback):
 
     def before_step(self, layers: Layers, optimizer: Optimizer, scale: float) -> None:
         """Give every weight the gradient of its shared value."""
-        self._held.share_gradients(layers, self.gradient)
+        self._held.share_gradients(self._held.moved_by(layers, optimizer), self.gradient)
 
     def update(self, layers: Layers, amount: float) -> None:
         """Cluster what is not shared yet and put it on its centroids."""

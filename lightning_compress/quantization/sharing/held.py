@@ -111,6 +111,12 @@ class HeldCodes:
             table[members.codes.cpu()] = members.take(weight).cpu().double()
         return table
 
+    def moved_by(self, layers: Layers, optimizer: Optimizer) -> Layers:
+        """Return the layers whose weights an optimizer holds; one that holds their biases alone moves none of them."""
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        mine = {t.layer for t in self.targets if t.layer in layers and id(t.weight(layers)) in held}
+        return {path: layer for path, layer in layers.items() if path in mine}
+
     def share_gradients(self, layers: Layers, how: str = "sum") -> None:
         r"""Give every weight of a cluster the gradient of the shared value, and pruned weights none.
 
