@@ -17,9 +17,9 @@ def inputs_of(model: nn.Module, batch: Any) -> Any:
     Args:
         model: Whose ``forward`` decides how a mapping is passed.
         batch: Inputs, or a tuple or list that begins with the inputs (targets and others follow). Inputs are a tensor,
-            a tuple of several positional arguments (loaders make lists of tuples, so a list is the same if ``forward``
-            needs several), or a mapping: keywords, without those that ``forward`` does not take, if it takes them by
-            name; else one positional argument.
+            a tuple of several positional arguments, if ``forward`` takes as many (loaders make lists of tuples, so a
+            list is the same if ``forward`` needs several), or a mapping: keywords, without those that ``forward`` does
+            not take, if it takes them by name; else one positional argument.
 
     Returns:
         A tuple of positional arguments, or a mapping of keyword arguments.
@@ -35,7 +35,8 @@ def inputs_of(model: nn.Module, batch: Any) -> Any:
     if isinstance(inputs, Mapping):
         keywords = _keywords(model, inputs)
         return (inputs,) if keywords is None else keywords
-    several = isinstance(inputs, tuple) or (isinstance(inputs, list) and _needs_several(model))
+    several = _takes(model, len(inputs)) if isinstance(inputs, tuple) else _needs_several(model)
+    several = several and isinstance(inputs, tuple | list)
     return tuple(inputs) if several and not hasattr(inputs, "_fields") else (inputs,)
 
 
@@ -50,6 +51,14 @@ def _parameters(model: nn.Module) -> list[inspect.Parameter] | None:
 def _needed(parameters: list[inspect.Parameter]) -> list[str]:
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
+
+
+def _takes(model: nn.Module, count: int) -> bool:
+    """Return whether ``forward`` takes so many positional arguments, as far as it tells."""
+    parameters = _parameters(model)
+    if parameters is None or any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return True
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) >= count
 
 
 def _needs_several(model: nn.Module) -> bool:

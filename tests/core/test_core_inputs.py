@@ -207,3 +207,17 @@ def test_weights_that_are_not_finite_are_named_and_masks_of_minus_infinity_are_f
     mask = torch.tensor([0.0, float("-inf")])
     made = compress(Masked(), PostTrainingQuantization([((X, Y, mask), TARGETS)], activations=None))
     assert made(X, Y, torch.zeros(2)).isfinite().all()
+
+
+class TakesAPair(nn.Module):
+    """Takes both inputs as one argument."""
+
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return pair[0] + pair[1]
+
+
+def test_a_tuple_stays_one_argument_where_forward_takes_one() -> None:
+    pair = torch.ones(2, 3), torch.zeros(2, 3)
+    assert inputs_of(TakesAPair(), (pair, torch.zeros(2))) == (pair,)
+    assert torch.equal(run_on(TakesAPair(), (pair, torch.zeros(2))), torch.ones(2, 3))
+    check_first_batch(TakesAPair(), [(pair, torch.zeros(2))])
