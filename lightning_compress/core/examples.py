@@ -50,13 +50,10 @@ def example_from(loaders: Any) -> Any:
     torch.Size([2, 3])
     """
     for loader in _each(loaders):
-        source = loader.dataset
-        if isinstance(source, IterableDataset) or not hasattr(source, "__len__"):
-            continue
         with same_randomness():
-            indices = list(range(min(_SAMPLES, len(source))))
-            whole = getattr(source, "__getitems__", None)  # as torch's own fetcher does
-            batch = loader.collate_fn([source[index] for index in indices] if whole is None else whole(indices))
+            batch = first_samples(loader)
+        if batch is None:
+            continue
         batch = getattr(batch, "training_batch", batch)  # stored outputs of a teacher may lie beside it
         inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
         if isinstance(inputs, Tensor) and inputs.dim() > 0:
@@ -69,6 +66,19 @@ def example_from(loaders: Any) -> Any:
         "`example_inputs`: none were given, and none could be taken from the training data; set "
         "`example_input_array` on the module, or pass one batch"
     )
+
+
+def first_samples(loader: DataLoader[Any]) -> Any:
+    """Return up to two samples of a loader's data set, joined as it joins a batch, without touching its position.
+
+    ``None`` if the data set has no positions, no length or no samples, or the loader joins none.
+    """
+    source: Any = loader.dataset
+    if isinstance(source, IterableDataset) or not hasattr(source, "__len__") or not len(source):
+        return None
+    indices = list(range(min(_SAMPLES, len(source))))
+    whole = getattr(source, "__getitems__", None)  # as torch's own fetcher does
+    return loader.collate_fn([source[index] for index in indices] if whole is None else whole(indices))
 
 
 def _each(loaders: Any) -> Iterator[DataLoader[Any]]:

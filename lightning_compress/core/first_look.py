@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from lightning_compress.core.calibration import loader_of, run_on
-from lightning_compress.core.copies import tensors_in
 from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.examples import first_samples
 from lightning_compress.core.inputs import inputs_of
 from lightning_compress.core.isolation import evaluating
-
-_SAMPLES = 2
 
 
 def check_first_batch(model: nn.Module, batches: Any) -> None:
@@ -51,12 +48,9 @@ def _first_batch(batches: Any) -> Any:
             batches.prepare_data()
             batches.setup("fit")
         loader = batches.train_dataloader()
-    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-        source: Any = loader.dataset
-        indices = list(range(min(_SAMPLES, len(source)))) if hasattr(source, "__len__") else []
-        if indices and loader.batch_size is not None:
-            whole = getattr(source, "__getitems__", None)  # as torch's own fetcher does
-            return loader.collate_fn([source[index] for index in indices] if whole is None else whole(indices))
+    samples = first_samples(loader) if isinstance(loader, DataLoader) and loader.batch_size is not None else None
+    if samples is not None:
+        return samples
     for batch in loader:
         return batch
     raise ConfigurationError("`batches` is empty: give at least one calibration batch")
@@ -75,62 +69,3 @@ def described(value: Any) -> str:
     if isinstance(value, tuple | list):
         return f"a {type(value).__name__} ({', '.join(map(described, value[:6]))})"
     return type(value).__name__
-
-
-def require_finite(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any]) -> None:
-    """Run batches through a model, and refuse them if a layer sees NaN or infinity, or holds such itself.
-
-    Args:
-        model: Put into evaluation mode meanwhile; nothing of it changes.
-        layers: Those of it that must not, by path. What others see (masks of minus infinity) may be anything.
-        batches: As :func:`~lightning_compress.core.calibration.run_on` takes them.
-
-    Raises:
-        ConfigurationError: Names the layer, and the batch if that holds such numbers itself.
-
-    >>> net = nn.Sequential(nn.Linear(1, 1))
-    >>> require_finite(net, {"0": net[0]}, [torch.zeros(2, 1)])
-    """
-    for path, layer in layers.items():
-        require_finite_weights(path, layer)
-    seen: dict[str, Tensor] = {}
-
-    def watch(path: str) -> Any:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = args[0] if args else next(tensors_in(kwargs), None)
-            if isinstance(given, Tensor) and given.is_floating_point():
-                fine = given.isfinite().all()
-                seen[path] = seen[path] & fine if path in seen else fine
-
-        return hook
-
-    with ExitStack() as stack, torch.no_grad():
-        stack.enter_context(evaluating(model))
-        for path, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(watch(path), with_kwargs=True).remove)
-        for number, batch in enumerate(batches):
-            seen.clear()
-            run_on(model, batch)
-            bad = [path for path, fine in seen.items() if not bool(fine)]
-            if bad:
-                given = tensors_in(inputs_of(model, batch))
-                own = any(x.is_floating_point() and not bool(x.isfinite().all()) for x in given)
-                raise not_finite(bad[0], f"batch {number} of them holds such numbers" if own else "the batches do not")
-
-
-def require_finite_weights(path: str, layer: nn.Module) -> None:
-    """Raise a ConfigurationError that names the first parameter of a layer which holds NaN or infinity."""
-    bad = [name for name, tensor in layer.named_parameters() if not bool(tensor.isfinite().all())]
-    if bad:
-        raise ConfigurationError(
-            f"`{path}.{bad[0]}` holds NaN or infinity, which nothing can be made of; load a checkpoint from before "
-            "that, or leave the layer out with `select`"
-        )
-
-
-def not_finite(path: str, where: str = "") -> ConfigurationError:
-    """Return the error for a layer that calibration data gives NaN or infinity."""
-    said = f" ({where})" if where else ""
-    return ConfigurationError(
-        f"`batches`: what {path!r} sees on them holds NaN or infinity{said}; give calibration batches without"
-    )

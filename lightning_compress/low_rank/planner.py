@@ -12,7 +12,8 @@ from torch import nn
 from lightning_compress.core.calibration import calibration_batches, run_on
 from lightning_compress.core.cost import count_macs, count_parameters
 from lightning_compress.core.errors import ConfigurationError
-from lightning_compress.core.first_look import check_first_batch, not_finite, require_finite_weights
+from lightning_compress.core.finite import not_finite, require_finite_weights
+from lightning_compress.core.first_look import check_first_batch
 from lightning_compress.core.inputs import inputs_of
 from lightning_compress.core.isolation import batch_size_of, call, same_randomness
 from lightning_compress.core.progress import slow

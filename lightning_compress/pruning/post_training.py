@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lightning_compress.core.calibration import calibration_batches, check_batches, require_batches
 from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.errors import ConfigurationError, SelectionError, did_you_mean
-from lightning_compress.core.first_look import check_first_batch, require_finite
+from lightning_compress.core.finite import require_finite
+from lightning_compress.core.first_look import check_first_batch
 from lightning_compress.core.hessians import collect_hessians
 from lightning_compress.core.journal import Edit
 from lightning_compress.core.patches import CONVOLUTIONS

@@ -14,7 +14,8 @@ from lightning_compress.core.calibration import calibration_batches, check_batch
 from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.examples import own_example
-from lightning_compress.core.first_look import check_first_batch, require_finite
+from lightning_compress.core.finite import require_finite
+from lightning_compress.core.first_look import check_first_batch
 from lightning_compress.core.journal import Edit
 from lightning_compress.core.plan import PlanRow, render_plan
 from lightning_compress.core.rules import build_rules
