@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -72,6 +75,18 @@ def error_on_test(module: ImageClassifier, data: ImageDataModule) -> float:
             total += len(labels)
     module.train()
     return 100 * wrong / total
+
+
+def continued(notes: Path, trainings: Mapping[str, Callable[[], Mapping[str, Any]]]) -> dict[str, Any]:
+    """Return what trainings found, by case, and note it; what ``notes`` has already is not trained again."""
+    found: dict[str, Any] = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
+    for case, training in trainings.items():
+        if case not in found:
+            found |= training()
+            notes.parent.mkdir(parents=True, exist_ok=True)
+            notes.write_text(json.dumps(found), encoding="utf-8")
+            print(f"{case}, seed {notes.stem}: {found[case]}", flush=True)
+    return found
 
 
 def mean_rows(errors: Mapping[str, Sequence[float]], against: Mapping[str, str], judged: Sequence[str]) -> list[Row]:

@@ -10,7 +10,6 @@ Images are neither shifted nor turned. Every figure is the error on the 10,000 t
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import statistics
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 
 from benchmarks import _common as common
 from benchmarks._common import Row
-from benchmarks._mnist import error_on_test, find_mnist, train
+from benchmarks._mnist import continued, error_on_test, find_mnist, train
 from lightning_compress import Binarization, Select
 from lightning_compress.data import ImageDataModule
 from lightning_compress.models import ImageClassifier, Perceptron
@@ -120,15 +119,12 @@ def rows(errors: dict[str, list[float]]) -> list[Row]:
 
 def measure(images: ImageDataModule, seed: int, epochs: int, batches: int, notes: Path) -> dict[str, dict[str, Any]]:
     """Return test error and device of each case; those that ``notes`` has already are not trained again."""
-    found: dict[str, dict[str, Any]] = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
-    for case in ARMS:
-        if case not in found:
-            errors = errors_of(images, seed, case, epochs, batches)
-            found |= {name: {"error": error, "on": device()} for name, error in errors.items()}
-            notes.parent.mkdir(parents=True, exist_ok=True)
-            notes.write_text(json.dumps(found), encoding="utf-8")
-            print(f"{case}, seed {seed}: {errors[case]:.2f} %", flush=True)
-    return found
+    return continued(notes, {case: partial(_noted, images, seed, case, epochs, batches) for case in ARMS})
+
+
+def _noted(images: ImageDataModule, seed: int, case: str, epochs: int, batches: int) -> dict[str, dict[str, Any]]:
+    errors = errors_of(images, seed, case, epochs, batches)
+    return {name: {"error": error, "on": device()} for name, error in errors.items()}
 
 
 def device() -> str:

@@ -7,10 +7,8 @@ training, a mean over seeds.
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from lightning.pytorch import Callback
 
 from benchmarks import _common as common
 from benchmarks._common import Row
-from benchmarks._mnist import error_on_test, find_mnist, train
+from benchmarks._mnist import continued, error_on_test, find_mnist, train
 from lightning_compress import FixedPointTraining
 from lightning_compress.data import ImageDataModule
 from lightning_compress.models import ImageClassifier, LeNet300100
@@ -73,19 +71,15 @@ def rows(errors: dict[str, list[float]]) -> list[Row]:
 
 def measure(images: ImageDataModule, seed: int, epochs: int, batches: int, notes: Path) -> dict[str, float]:
     """Return the test error of each case; those that ``notes`` has already are not trained again."""
-    errors: dict[str, float] = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
-    trainings: dict[str, Callable[[], float]] = {
-        case_of(rate, arm): partial(error_of, images, seed, rate, arm, epochs, batches)
-        for rate in RATES
-        for arm in ARMS
+    trainings = {
+        case_of(rate, arm): partial(_noted, images, seed, rate, arm, epochs, batches) for rate in RATES for arm in ARMS
     }
-    for case, training in trainings.items():
-        if case not in errors:
-            errors[case] = training()
-            notes.parent.mkdir(parents=True, exist_ok=True)
-            notes.write_text(json.dumps(errors), encoding="utf-8")
-            print(f"{case}, seed {seed}: {errors[case]:.2f} %", flush=True)
-    return {case: errors[case] for case in trainings}
+    found = continued(notes, trainings)
+    return {case: found[case] for case in trainings}
+
+
+def _noted(images: ImageDataModule, seed: int, rate: float, arm: str, epochs: int, batches: int) -> dict[str, float]:
+    return {case_of(rate, arm): error_of(images, seed, rate, arm, epochs, batches)}
 
 
 def main() -> None:
