@@ -215,7 +215,7 @@ class LearnedBoundActivation(LearnedActivation):
     bound: Tensor
 
     @property
-    def scale(self) -> Tensor:  # type: ignore[override]
+    def scale(self) -> Tensor:  # type: ignore[override]  # a buffer of the base; here it follows from the bound
         """The step size that follows from the bound."""
         return exact(self.bound.detach()) / (self.bounds[1] - self.zero_point)
 

@@ -13,6 +13,7 @@ from lightning_compress.quantization.assignment import Assignment
 from lightning_compress.quantization.calls import CONVOLUTIONS, TRANSPOSED
 from lightning_compress.quantization.layers import QuantizedLayer
 from lightning_compress.quantization.placement import READ, Point, place_quantizers
+from lightning_compress.quantization.quantizer import Quantizer
 from lightning_compress.quantization.spec import QuantizerSpec
 
 _SLOTS = ("input", "key", "value")
@@ -77,7 +78,7 @@ def find_sites(
 def sites_of(root: nn.Module) -> Sites:
     """Return the outputs that are quantized in a model that was prepared already."""
     held = {path: dict(module.named_children()).get("output_quantizer") for path, module in named_layers(root).items()}
-    return Sites(outputs={path: quantizer.spec for path, quantizer in held.items() if quantizer is not None})  # type: ignore[misc]
+    return Sites(outputs={path: quantizer.spec for path, quantizer in held.items() if isinstance(quantizer, Quantizer)})
 
 
 def is_prepared(root: nn.Module, assigned: Mapping[str, Assignment]) -> bool:

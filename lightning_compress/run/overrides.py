@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
@@ -25,7 +26,7 @@ def check_overrides(config: DictConfig, words: Sequence[str]) -> None:
     Raises:
         ConfigurationError: If a value has no effect; names the keys that have.
     """
-    stages = OmegaConf.to_container(config, resolve=False).get("stages")  # type: ignore[union-attr]
+    stages = cast(dict[Any, Any], OmegaConf.to_container(config, resolve=False)).get("stages")
     if not isinstance(stages, Mapping):
         return
     fits = {name: stage for name, stage in stages.items() if isinstance(stage, Mapping) and not stage.get("apply")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -101,8 +101,8 @@ def read_settings(config: DictConfig) -> Settings:
     Raises:
         ConfigurationError: If a key, a reference or an argument is not known, or a value has the wrong type.
     """
-    content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    raw: dict[str, Any] = {str(key): value for key, value in dict(content).items()}  # type: ignore[arg-type]
+    content = cast(dict[Any, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+    raw: dict[str, Any] = {str(key): value for key, value in content.items()}
     known = {field.name for field in fields(Settings)} - {"raw"}
     raw.setdefault("export", None)  # runs of earlier releases did not have it
     _check_keys("", raw, known | {"variables"}, required=known)

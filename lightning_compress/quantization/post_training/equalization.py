@@ -115,13 +115,13 @@ def equalize(
     left: dict[str, str] = {}
     with eval_mode(model):
         wanted = _outputs(model, batch)
-        usable = []
+        usable: list[tuple[nn.Module, nn.Module, nn.Module | None]] = []
         for pair in pairs:
-            parts = [layers[pair.first], layers[pair.second], layers[pair.norm] if pair.norm else None]
+            parts = layers[pair.first], layers[pair.second], layers[pair.norm] if pair.norm else None
             reason = _unfit(*parts)
             if not reason:
                 with _undoing(parts) as undo:
-                    equalize_pair(*parts)  # type: ignore[arg-type]
+                    equalize_pair(*parts)
                     if not _close(_outputs(model, batch), wanted):
                         undo()
                         reason = "the network would compute something else"
@@ -130,7 +130,7 @@ def equalize(
             else:
                 usable.append(parts)
         for _ in range(sweeps - 1):
-            moved = [equalize_pair(*parts) for parts in usable]  # type: ignore[arg-type]
+            moved = [equalize_pair(*parts) for parts in usable]
             if all(bool(((scales - 1).abs() < 0.01).all()) for scales in moved):
                 break
     return left

@@ -216,7 +216,7 @@ def _joined(weights: Mapping[str, Tensor]) -> Tensor:
 
 
 def _check_number(name: str, value: object, below: float | None = None) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not (value >= 0 if below is None else 0 < value < below):  # type: ignore[operator]
+    number = None if isinstance(value, bool) or not isinstance(value, int | float) else value
+    if number is None or not (number >= 0 if below is None else 0 < number < below):
         between = "of at least 0" if below is None else f"between 0 and {below:g}"
         raise ConfigurationError(f"`{name}` must be a number {between}, got {value!r}")
