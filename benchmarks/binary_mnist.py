@@ -2,9 +2,10 @@
 
 Perceptrons with batch norm and Adam: three hidden layers of 1,024 units as in BinaryConnect (Courbariaux et al. 2015),
 whose weights are signs in every layer, and for XNOR-Net (Rastegari et al. 2016) of 4,096 as well, the size for which
-BinaryNet (Hubara et al. 2016) reports an error; its first and last layers stay float. A net trained with stochastic
-signs is tested twice: with the signs of its weights, and as the paper does it, with the float weights behind them.
-Images are neither shifted nor turned. Every figure is the error on the 10,000 test images, a mean over seeds.
+BinaryNet (Hubara et al. 2016) reports an error; its first and last layers stay float, and a fifth of the pixels is
+dropped while it trains, as BinaryNet does (without that, 1.57 % instead of 1.34 %). A net trained with stochastic signs
+is tested twice: with the signs of its weights, and as the paper does it, with the float weights behind them. Images are
+neither shifted nor turned. Every figure is the error on the 10,000 test images, a mean over seeds.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Arm:
         callbacks: Made anew for each training.
         against: The case that it is compared with.
         published: Error of the paper in per cent, after hundreds of epochs.
+        dropout: Share of pixels dropped in training.
     """
 
     units: int
@@ -53,6 +55,7 @@ class Arm:
     callbacks: Callable[[], list[Callback]]
     against: str | None = None
     published: float | None = None
+    dropout: float = 0.0
 
 
 def signs(stochastic: bool) -> list[Callback]:
@@ -70,7 +73,7 @@ ARMS = {
     FLOAT: Arm(1024, True, list),
     "BinaryConnect": Arm(1024, True, partial(signs, False), FLOAT, 1.29),
     STOCHASTIC: Arm(1024, True, partial(signs, True), FLOAT, 1.18),
-    "XNOR-Net, 4,096 units": Arm(4096, False, xnor, FLOAT, 0.96),
+    "XNOR-Net, 4,096 units": Arm(4096, False, xnor, FLOAT, 0.96, dropout=0.2),
 }
 
 
@@ -79,7 +82,7 @@ def errors_of(data: ImageDataModule, seed: int, case: str, epochs: int, batches:
     torch.manual_seed(seed)
     arm = ARMS[case]
     falling = partial(ExponentialLR, gamma=(LAST_RATE / RATE) ** (1 / epochs))
-    net = Perceptron(hidden=[arm.units] * 3, relu=arm.relu)
+    net = Perceptron(hidden=[arm.units] * 3, relu=arm.relu, dropout=arm.dropout)
     module, callbacks = ImageClassifier(net, partial(torch.optim.Adam, lr=RATE), falling), arm.callbacks()
     train(module, data, epochs, callbacks, batches, accelerator="auto")
     binary = next((callback.compressed for callback in callbacks if isinstance(callback, Binarization)), None)

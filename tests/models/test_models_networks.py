@@ -44,6 +44,20 @@ def test_perceptron_has_as_many_layers_as_asked_and_refuses_none():
             models.Perceptron(hidden=sizes)
 
 
+def test_perceptron_drops_inputs_in_training_only_and_keeps_its_keys():
+    net = models.Perceptron(1000, [2], dropout=0.25)
+    images, seen = torch.ones(1, 10, 100), []
+    net.layers.fc1.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    net.eval()(images)
+    net.train()(images.expand(2, 10, 100))
+    assert torch.equal(seen[0], torch.ones(1, 1000))
+    assert 0.2 < (seen[1] == 0).float().mean() < 0.3
+    assert net.state_dict().keys() == models.Perceptron(1000, [2]).state_dict().keys()
+    for share in (-0.1, 1):
+        with pytest.raises(ConfigurationError, match="`dropout`"):
+            models.Perceptron(dropout=share)
+
+
 def test_lenet5_forward_by_hand():
     net = models.LeNet5()
     image = torch.randn(1, 1, 28, 28, generator=torch.Generator().manual_seed(0))
