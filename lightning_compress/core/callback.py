@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_compress.core.averaging import copy_again
-from lightning_compress.core.checks import check_layers, check_times, check_trainer
+from lightning_compress.core.checks import after_fit, check_layers, check_times, check_trainer
 from lightning_compress.core.clock import (
     UpdateClock,
     callbacks_of,
@@ -26,7 +26,7 @@ from lightning_compress.core.clock import (
     may_be_last_batch,
 )
 from lightning_compress.core.copies import full_copy
-from lightning_compress.core.errors import ConfigurationError, JournalMismatchError
+from lightning_compress.core.errors import CompressionError, ConfigurationError, JournalMismatchError
 from lightning_compress.core.examples import own_example
 from lightning_compress.core.hooks import forget_undo, install_hooks, journal_of, keep_undo
 from lightning_compress.core.method import Method, apply_all, overrides
@@ -242,7 +242,10 @@ class CompressionCallback(Method, Callback):
         source = next((c.compressed for c in reversed(earlier) if c.compressed is not None), pl_module)
         with torch.no_grad():
             compressed = full_copy(source)
-            apply_all(compressed, self.finalize(self.layers(compressed)))
+            try:
+                apply_all(compressed, self.finalize(self.layers(compressed)))
+            except CompressionError as error:
+                raise after_fit(self, error) from error
         self.compressed = compressed
 
     @final

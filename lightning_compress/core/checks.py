@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 
 from lightning_compress.core.chain import CHAIN, check_chain
 from lightning_compress.core.clock import callbacks_of
-from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.errors import CompressionError, ConfigurationError
 from lightning_compress.core.method import Method, overrides
 from lightning_compress.core.schedule import Horizon, Schedule, parse_time
 
@@ -92,6 +92,14 @@ def check_layers(callback: CompressionCallback, trainer: Trainer) -> None:
                 f"{', '.join(map(repr, both[:3]))}{' ...' if len(both) > 3 else ''} at values of their own; give each "
                 "layers of its own with `select`, or remove one of them"
             )
+
+
+def after_fit(callback: CompressionCallback, error: CompressionError) -> CompressionError:
+    """Return an error of the edits after fit which also says that the training is not lost, and how to go on."""
+    kind = type(callback).__name__
+    said = f"{error}. The training is not lost: the module and its checkpoints are as it left them"
+    again = f"; once this is settled, go on from there by compress(module, {kind}(...))"
+    return type(error)(said if callback.needs_training else said + again)
 
 
 def _check_name(callback: CompressionCallback, callbacks: list[Callback]) -> None:

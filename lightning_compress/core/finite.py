@@ -16,13 +16,14 @@ from lightning_compress.core.inputs import inputs_of
 from lightning_compress.core.isolation import evaluating
 
 
-def require_finite(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any]) -> None:
+def require_finite(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], first: int = 0) -> None:
     """Run batches through a model, and refuse them if a layer sees NaN or infinity, or holds such itself.
 
     Args:
         model: Put into evaluation mode meanwhile; nothing of it changes.
         layers: Those of it that must not, by path. What others see (masks of minus infinity) may be anything.
         batches: As :func:`~lightning_compress.core.calibration.run_on` takes them.
+        first: Number of the first of them.
 
     Raises:
         ConfigurationError: Names the layer, and the batch if that holds such numbers itself.
@@ -47,14 +48,23 @@ def require_finite(model: nn.Module, layers: Mapping[str, nn.Module], batches: I
         stack.enter_context(evaluating(model))
         for path, layer in layers.items():
             stack.callback(layer.register_forward_pre_hook(watch(path), with_kwargs=True).remove)
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(batches, first):
             seen.clear()
             run_on(model, batch)
             bad = [path for path, fine in seen.items() if not bool(fine)]
             if bad:
-                given = tensors_in(inputs_of(model, batch))
-                own = any(x.is_floating_point() and not bool(x.isfinite().all()) for x in given)
-                raise not_finite(bad[0], f"batch {number} of them holds such numbers" if own else "the batches do not")
+                own = f"batch {number} of them holds such numbers"
+                raise not_finite(bad[0], "the batches do not" if holds_finite(model, batch) else own)
+
+
+def holds_finite(model: nn.Module, batch: Any) -> bool:
+    """Return whether all inputs in a batch are numbers; masks of minus infinity are none.
+
+    >>> holds_finite(nn.Linear(1, 1), (torch.zeros(2, 1), torch.tensor(float("nan"))))
+    True
+    """
+    given = tensors_in(inputs_of(model, batch))
+    return all(bool(x.isfinite().all()) for x in given if x.is_floating_point())
 
 
 def require_finite_weights(path: str, layer: nn.Module) -> None:

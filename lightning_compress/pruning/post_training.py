@@ -14,7 +14,7 @@ from lightning_compress.core.calibration import calibration_batches, check_batch
 from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.errors import ConfigurationError, SelectionError, did_you_mean
 from lightning_compress.core.finite import require_finite
-from lightning_compress.core.first_look import check_first_batch
+from lightning_compress.core.first_look import check_first_batch, look_ahead
 from lightning_compress.core.hessians import collect_hessians
 from lightning_compress.core.journal import Edit
 from lightning_compress.core.patches import CONVOLUTIONS
@@ -94,8 +94,11 @@ class PostTrainingPruning(CompressionCallback):
         return Selection({ROOT: root, **{target.layer: layers[target.layer] for target in self._targets}}, left)
 
     def examine(self, root: nn.Module, example_inputs: Any) -> Selection:
-        """Refuse calibration data that the model cannot run on before it is trained."""
+        """Refuse calibration data that the model cannot run on, or that is no numbers, before it is trained."""
         check_first_batch(root, self.batches)
+        if not self.at_once:
+            layers = {path: layer for path, layer in self.layers(root).items() if path != ROOT}
+            look_ahead(root, layers, self.batches, self.samples)
         return Selection(self.layers(root), dict(self._left))
 
     def plan(self, layers: Layers) -> list[PlanRow]:

@@ -23,7 +23,7 @@ from lightning_compress import (
     compress,
 )
 from lightning_compress.core.calibration import run_on
-from lightning_compress.core.first_look import check_first_batch
+from lightning_compress.core.first_look import check_first_batch, look_ahead
 from lightning_compress.core.inputs import inputs_of
 from lightning_compress.quantization.sharing.importance import Fisher
 
@@ -181,6 +181,7 @@ def test_looking_at_the_data_changes_nothing_of_a_run() -> None:
 
     states = lambda: (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist())  # noqa: E731, NPY002
     model, before = nn.Linear(4, 2), states()
+    look_ahead(model, {}, DataLoader(Drawing(X, TARGETS), 4), 16)
     check_first_batch(model, DataLoader(Drawing(X, TARGETS), 4, shuffle=True))
     assert states() == before
 
@@ -192,6 +193,50 @@ def test_data_that_is_not_finite_is_refused(method: str, value: float) -> None:
     bad[3, 1] = value
     with pytest.raises(ConfigurationError, match=r"`batches`: .*NaN or infinity"):
         compress(Two(), METHODS[method]([((X, Y), TARGETS), ((bad, Y), TARGETS)]))
+
+
+AFTER_FIT = ["quantization", "optimal brain compression", "fisher pruning"]
+
+
+def with_bad_rows(*rows: int) -> TensorDataset:
+    x = torch.cat([X, X])
+    x[list(rows), 1] = float("nan")
+    return TensorDataset(x, torch.cat([Y, Y]), torch.cat([TARGETS, TARGETS]))
+
+
+def as_pairs(samples: list[Any]) -> Any:
+    x, y, targets = (torch.stack(part) for part in zip(*samples, strict=True))
+    return (x, y), targets
+
+
+@pytest.mark.parametrize("method", AFTER_FIT)
+def test_later_batches_that_are_not_finite_are_refused_before_training_where_they_can_be_read(method: str) -> None:
+    loader, module = DataLoader(with_bad_rows(20), 8, collate_fn=as_pairs), Module()
+    for data in (loader, list(loader)):
+        with pytest.raises(ConfigurationError, match=r"batch 2 of them holds such numbers"):
+            fit(module, METHODS[method](data))
+    assert module.steps == 0
+
+
+@pytest.mark.parametrize("method", AFTER_FIT)
+def test_batches_found_not_finite_after_training_cost_nothing_of_it(method: str) -> None:
+    shuffled = DataLoader(with_bad_rows(20), 8, shuffle=True, collate_fn=as_pairs)
+    modules = []
+    for callbacks in ([], [METHODS[method](shuffled)]):
+        torch.manual_seed(0)
+        modules.append(Module())
+        if not callbacks:
+            fit(modules[-1])
+            continue
+        with pytest.raises(
+            ConfigurationError, match=r"batch \d of them holds .*The training is not lost.*compress\("
+        ):
+            fit(modules[-1], *callbacks)
+        assert callbacks[0].compressed is None
+    alone, module = (module.state_dict() for module in modules)
+    assert all(torch.equal(value, module[key]) for key, value in alone.items())
+    made = compress(modules[1], METHODS[method]([((X, Y), TARGETS)]))
+    assert not torch.equal(made(X, Y), modules[1](X, Y))
 
 
 def test_weights_that_are_not_finite_are_named_and_masks_of_minus_infinity_are_fine() -> None:

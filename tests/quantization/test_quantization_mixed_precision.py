@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
 from networks import Small
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_compress import (
     BitGoal,
@@ -25,6 +27,7 @@ from lightning_compress.quantization import convert, quantizers_of
 from lightning_compress.quantization.assignment import make_settings
 from lightning_compress.quantization.layers import CLASSES
 from lightning_compress.quantization.post_training.bit_lines import bit_lines, entropy_bytes
+from lightning_compress.quantization.post_training.bit_metric import check_metric
 
 BITS = (2, 3, 4, 6, 8)
 
@@ -243,3 +246,54 @@ def test_refuses_goals_that_have_nothing_to_divide_or_to_count() -> None:
 
     with pytest.raises(ConfigurationError, match="returns a tuple; give `metric`"):
         compress(Pair(), PostTrainingQuantization(x, weights={"drop": 1}))
+
+
+class Untrained(LightningModule):
+    """Must not be trained."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        raise AssertionError("trained")
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Answers(Small):
+    """Returns its answers alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).argmax(1)
+
+
+def misspelled(model: Any) -> float:
+    return float(model.acuracy)
+
+
+@pytest.mark.parametrize(
+    ("net", "weights", "rules", "message"),
+    [
+        (Small, {"drop": 1, "metric": misspelled}, None, "`metric` failed on Untrained .*AttributeError.*acuracy"),
+        (Small, {"drop": 1, "metric": lambda net, data: 1.0}, None, "`metric` failed .*TypeError"),
+        (Small, {"drop": 1, "metric": lambda net: {"accuracy": 1.0}}, None, "`metric` must return a number .* a dict"),
+        (Answers, {"drop": 1}, None, "`drop` counts the largest of the outputs .* shape .4."),
+        (Small, {"size": 0.2}, {"all": {"include": "*", "weights": 4}}, "rules decide on the bits of every layer"),
+    ],
+)
+def test_refuses_before_training_what_can_be_known_then(net: Any, weights: Any, rules: Any, message: str) -> None:
+    x = torch.randn(4, 1, 16, 16)
+    callback = PostTrainingQuantization(x, weights=weights, rules=rules)
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, callbacks=callback, **options)
+    with pytest.raises(ConfigurationError, match=message):
+        trainer.fit(Untrained(net()), DataLoader(x, 4))
+
+
+def test_a_metric_that_is_no_number_yet_is_no_error_before_training() -> None:
+    check_metric(Small(), BitGoal(drop=1.0, metric=lambda model: float("nan")), None)

@@ -30,7 +30,8 @@ class BitGoal:
         bits: What a layer can get, at least two different numbers from 2 to 8.
         metric: For ``drop``: called with a model, returns what should be large, a number. By default the share of right
             answers on the calibration batches, in per cent; without labels right is what the float model answers.
-            Calibration batches flatter: a function that looks at validation data tells more.
+            Calibration batches flatter: a function that looks at validation data tells more. With a Trainer it is also
+            called once before training, so that an error in it is found then.
         weights: Other arguments of the weights' quantizers, such as ``{per_channel: false}``.
 
     Raises:

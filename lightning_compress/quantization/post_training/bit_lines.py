@@ -59,7 +59,7 @@ def bit_lines(
         batches: Calibration data.
     """
     known = named_layers(model)
-    free = {path: given for path, given in assigned.items() if given.weights is not None and given.least is not None}
+    free = searched_layers(assigned)
     tries = {p: tuple(b for b in bits if b >= (g.least or 0)) or (g.least or bits[-1],) for p, g in free.items()}
     errors = {path: [] for path in free}  # type: dict[str, list[float]]
     plain = {p: layer for p, layer in plain_layers(model, known, free).items() if p in set(called)}
@@ -80,6 +80,15 @@ def bit_lines(
         line = Line(np.array(costs, float), np.minimum(np.array(error), 1.0), np.zeros(len(costs)))
         found.append(Candidates(paths, tries[first], line))
     return found
+
+
+def searched_layers(assigned: Mapping[str, Assignment]) -> dict[str, Assignment]:
+    """Return what those layers get whose bits no rule decides.
+
+    >>> searched_layers({"ruled": Assignment(QuantizerSpec(), None, least=None)})
+    {}
+    """
+    return {path: given for path, given in assigned.items() if given.weights is not None and given.least is not None}
 
 
 def output_loss(layer: nn.Module, rounded: Tensor, hessian: Tensor) -> float:

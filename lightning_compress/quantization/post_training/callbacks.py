@@ -15,7 +15,7 @@ from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.examples import own_example
 from lightning_compress.core.finite import require_finite
-from lightning_compress.core.first_look import check_first_batch
+from lightning_compress.core.first_look import check_first_batch, look_ahead
 from lightning_compress.core.journal import Edit
 from lightning_compress.core.plan import PlanRow, render_plan
 from lightning_compress.core.rules import build_rules
@@ -26,6 +26,8 @@ from lightning_compress.quantization.assignment import QuantizationRule, SpecLik
 from lightning_compress.quantization.choice import Choice, choose_quantized
 from lightning_compress.quantization.layers import CLASSES, QuantizedLayer
 from lightning_compress.quantization.post_training.bit_goal import BitGoal, split_goal
+from lightning_compress.quantization.post_training.bit_lines import searched_layers
+from lightning_compress.quantization.post_training.bit_metric import check_metric
 from lightning_compress.quantization.post_training.procedure import quantize_trained
 from lightning_compress.quantization.post_training.search import divide_bits, with_bits
 from lightning_compress.quantization.post_training.steps import PostTrainingSteps, as_steps
@@ -72,7 +74,9 @@ class PostTrainingQuantization(CompressionCallback):
 
     Raises:
         ConfigurationError: For a value outside its range, a learned range, a model that is quantized already, batches
-            that the model cannot run on or that hold NaN or infinity, or a goal that a trained model cannot reach.
+            that the model cannot run on or that hold NaN or infinity, a metric that fails, or a goal that a trained
+            model cannot reach. What cannot be known before training is an error after it, which loses nothing of it:
+            shuffled batches with NaN beyond the first samples, for example.
         SelectionError: If no layer is selected, or a rule matches none.
 
     >>> from lightning_compress import compress
@@ -115,6 +119,8 @@ class PostTrainingQuantization(CompressionCallback):
                     "select=Select(exclude=[...])"
                 )
         self._choice = choose_quantized(root, selection, self.settings, own_example(root))
+        if self.goal is not None and not searched_layers(self._choice.assigned):
+            raise ConfigurationError("`weights` has a goal, but rules decide on the bits of every layer; loosen one")
         for path, given in self._choice.assigned.items():
             for role, spec in (("weights", given.weights), ("activations", given.activations)):
                 if spec is not None and spec.range in LEARNED:
@@ -127,14 +133,19 @@ class PostTrainingQuantization(CompressionCallback):
         )
 
     def examine(self, root: nn.Module, example_inputs: Any) -> Selection:
-        """Refuse calibration data that the model cannot run on before it is trained."""
-        check_first_batch(root, self.batches)
+        """Refuse calibration data that the model cannot run on, and a metric that fails, before it is trained."""
+        batch = check_first_batch(root, self.batches)
+        if not self.at_once:
+            layers = {path: layer for path, layer in self.layers(root).items() if path in self._choice.assigned}
+            look_ahead(root, layers, self.batches, self.steps.samples)
+            if self.goal is not None:
+                check_metric(root, self.goal, batch)
         return Selection(self.layers(root), dict(self._left))
 
     def plan(self, layers: Layers) -> list[PlanRow]:
         """Return a row for each layer, and one for each other module whose result is quantized."""
         rows = plan_rows(layers, self._choice.assigned, self._choice.sites)
-        searched = {path for path, given in self._choice.assigned.items() if given.least is not None and self.goal}
+        searched = searched_layers(self._choice.assigned) if self.goal else ()
         bits = dict.fromkeys(searched, f", or fewer bits: {self.goal}")
         return [replace(row, action=f"{row.action}{bits.get(row.layer, '')}; after fit, on a copy") for row in rows]
 

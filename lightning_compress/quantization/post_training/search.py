@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.allocation import Line, least_error, total
-from lightning_compress.core.calibration import run_on
 from lightning_compress.core.checkpoint import save_compressed
 from lightning_compress.core.copies import full_copy
-from lightning_compress.core.errors import ConfigurationError
-from lightning_compress.core.isolation import eval_mode
 from lightning_compress.quantization.choice import Choice
 from lightning_compress.quantization.convert import convert_in_place
 from lightning_compress.quantization.post_training.bias import output_means
 from lightning_compress.quantization.post_training.bit_goal import BitGoal
 from lightning_compress.quantization.post_training.bit_lines import Candidates, bit_lines
+from lightning_compress.quantization.post_training.bit_metric import Accuracy, judge
 from lightning_compress.quantization.post_training.procedure import (
     equalize_layers,
     example_of,
@@ -70,7 +66,7 @@ def divide_bits(
         batches: Calibration data, read several times.
 
     Raises:
-        ConfigurationError: If no layer is left whose bits could be searched, or the metric is none.
+        ConfigurationError: If the metric is none.
     """
     search = _Search(model, choice, goal, steps, batches)
     return search.for_size() if goal.drop is None else search.for_drop()
@@ -95,8 +91,6 @@ class _Search:
             equalize_layers(scaled, choice, batches)
         called = list(output_means(scaled, summed_layers(scaled, choice), batches))
         self.layers = bit_lines(scaled, choice.assigned, goal.bits, called, batches)
-        if not self.layers:
-            raise ConfigurationError("`weights` has a goal, but rules decide on the bits of every layer; loosen one")
         self.lines: list[Line] = [layer.line for layer in self.layers]
         self.fewest = tuple(0 for _ in self.layers)
 
@@ -116,17 +110,17 @@ class _Search:
     def for_drop(self) -> Division:
         """Return the smallest division found whose metric falls no more than allowed."""
         allowed = float(self.goal.drop or 0.0)
-        metric = self.goal.metric or _Accuracy(self.model, self.batches)
-        before = _judge(metric, self.model, finite=True)
+        metric = self.goal.metric or Accuracy(self.model, self.batches)
+        before = judge(metric, self.model, finite=True)
         best = tuple(len(layer.bits) - 1 for layer in self.layers)
-        fall = before - _judge(metric, self._quantized(best))
+        fall = before - judge(metric, self._quantized(best))
         low, high = total(self.lines, self.fewest), total(self.lines, best)
         known = {best: fall}
         for _ in range(_TRIES if fall <= allowed else 0):
             middle = (low + high) / 2
             picks = least_error(self.lines, middle) or self.fewest
             if picks not in known:
-                known[picks] = before - _judge(metric, self._quantized(picks))
+                known[picks] = before - judge(metric, self._quantized(picks))
             if known[picks] <= allowed:
                 best, high = picks, min(middle, total(self.lines, picks))
             else:
@@ -148,57 +142,5 @@ class _Search:
         return Division(_bits(self.layers, picks), measured <= allowed, measured, allowed)
 
 
-def _judge(metric: Callable[[nn.Module], float], model: nn.Module, finite: bool = False) -> float:
-    """Return what ``metric`` says of a model, which must be a number."""
-    given = metric(model)
-    try:
-        value = float(given)
-    except (TypeError, ValueError, RuntimeError):  # a tensor of several values is a RuntimeError
-        value = math.nan
-    if math.isnan(value) or (finite and math.isinf(value)):
-        raise ConfigurationError(
-            f"`metric` must return a number that is larger for better models, got {_kind(given)}: {given!r}; of a "
-            "quantized model that computes nothing useful it may be -inf"
-        )
-    return value
-
-
 def _bits(layers: Sequence[Candidates], picks: Sequence[int]) -> dict[str, int]:
     return {path: layer.bits[pick] for layer, pick in zip(layers, picks, strict=True) for path in layer.paths}
-
-
-class _Accuracy:
-    """The share of right answers on labelled batches, in per cent; without labels right is what a model answers now."""
-
-    def __init__(self, model: nn.Module, batches: Sequence[Any]) -> None:
-        self.batches = batches
-        self.right = [
-            labels if (labels := _labels(batch, answer)) is not None else answer
-            for batch, answer in zip(batches, self._answers(model), strict=True)
-        ]
-
-    def __call__(self, model: nn.Module) -> float:
-        pairs = list(zip(self._answers(model), self.right, strict=True))
-        return 100 * sum(int((a == b).sum()) for a, b in pairs) / max(1, sum(b.numel() for _, b in pairs))
-
-    def _answers(self, model: nn.Module) -> list[Tensor]:
-        with eval_mode(model), torch.no_grad():
-            outputs = [run_on(model, batch) for batch in self.batches]
-        for output in outputs:
-            if not isinstance(output, Tensor) or output.dim() < 2:
-                raise ConfigurationError(
-                    "`drop` counts the largest of the outputs (batch, classes, ...) as the answer, and the model "
-                    f"returns {_kind(output)}; give `metric`, a function of a model"
-                )
-        return [output.argmax(1).cpu() for output in outputs]
-
-
-def _labels(batch: Any, answers: Tensor) -> Tensor | None:
-    """Return the second item of a batch, if it may be the classes that belong to these answers."""
-    second = batch[1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
-    fits = isinstance(second, Tensor) and second.shape == answers.shape and not second.is_floating_point()
-    return second.cpu() if fits and second is not None else None
-
-
-def _kind(output: Any) -> str:
-    return f"a tensor of shape {list(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
