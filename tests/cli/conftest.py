@@ -17,7 +17,7 @@ defaults:
   - override /callbacks/compress: [prune]
 threads: 1
 report: {latency: false}
-trainer: {max_epochs: 1, limit_train_batches: 2, limit_val_batches: 1, limit_test_batches: 1}
+trainer: {accelerator: cpu, max_epochs: 1, limit_train_batches: 2, limit_val_batches: 1, limit_test_batches: 1}
 stages:
   train: {}
   prune: {callbacks: [prune]}
