@@ -28,6 +28,19 @@ class Blanks(ABC):
     link: ClassVar[str] = ""
     """Where the method stands in :data:`~lightning_compress.core.chain.CHAIN`; empty if it may stand anywhere."""
 
+    runs_after: ClassVar[tuple[type[Any], ...]] = ()
+    """Callbacks that must stand before this one in the Trainer's list, and methods in that of ``compress``."""
+    runs_before: ClassVar[tuple[type[Any], ...]] = ()
+    """Callbacks that must stand after this one."""
+    conflicts_with: ClassVar[tuple[type[Any], ...]] = ()
+    """Callbacks that cannot be used together with this one."""
+    conflicts_after_fit: ClassVar[tuple[type[Any], ...]] = ()
+    """Callbacks that cannot edit the model after the same fit; ``compress`` can use one after the other."""
+    conflicts_on_layers: ClassVar[tuple[type[Any], ...]] = ()
+    """Callbacks that cannot be used on the same layers as this one."""
+    comes_last: ClassVar[bool] = False
+    """Whether no other method can edit what this one leaves."""
+
     needs_example: ClassVar[bool] = True
     """Whether :meth:`examine` cannot do without one batch; else it may get ``None``."""
 

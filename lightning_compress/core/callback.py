@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_compress.core.averaging import copy_again
-from lightning_compress.core.checks import after_fit, check_layers, check_times, check_trainer
+from lightning_compress.core.checks import after_fit, check_times, check_trainer
 from lightning_compress.core.clock import (
     UpdateClock,
     callbacks_of,
@@ -30,6 +30,7 @@ from lightning_compress.core.errors import CompressionError, ConfigurationError,
 from lightning_compress.core.examples import own_example
 from lightning_compress.core.hooks import forget_undo, install_hooks, journal_of, keep_undo
 from lightning_compress.core.method import Method, apply_all, overrides
+from lightning_compress.core.pairs import check_layers
 from lightning_compress.core.plan import PlanRow, render_plan
 from lightning_compress.core.run import Layers, Run
 from lightning_compress.core.schedule import Schedule
@@ -61,16 +62,6 @@ class CompressionCallback(Method, Callback):
         plan_text: The plan as it was printed.
     """
 
-    runs_after: ClassVar[tuple[type[Callback], ...]] = ()
-    """Callbacks that must stand before this one in the Trainer's list."""
-    runs_before: ClassVar[tuple[type[Callback], ...]] = ()
-    """Callbacks that must stand after this one."""
-    conflicts_with: ClassVar[tuple[type[Callback], ...]] = ()
-    """Callbacks that cannot be used together with this one."""
-    conflicts_on_layers: ClassVar[tuple[type[Callback], ...]] = ()
-    """Callbacks that cannot be used on the same layers as this one."""
-    comes_last: ClassVar[bool] = False
-    """Whether no other callback can edit what this one leaves after fit."""
     counts_fits: ClassVar[bool] = False
     """Whether each fit is a round, so that one of a Trainer that is at its end already is refused."""
 
@@ -136,7 +127,7 @@ class CompressionCallback(Method, Callback):
     @final
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the edits final: a checkpoint would have been loaded by now, and all callbacks know their layers."""
-        check_layers(self, trainer)
+        check_layers(self, callbacks_of(trainer))
         forget_undo(pl_module)
         if self._edited and trainer.ckpt_path is None:
             copy_again(trainer, pl_module, self)

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from lightning_compress.core.chain import CHAIN, check_chain
+from lightning_compress.core.chain import CHAIN
 from lightning_compress.core.clock import callbacks_of
 from lightning_compress.core.errors import CompressionError, ConfigurationError
 from lightning_compress.core.method import Method, overrides
+from lightning_compress.core.pairs import check_pairs
 from lightning_compress.core.schedule import Horizon, Schedule, parse_time
 
 if TYPE_CHECKING:
@@ -53,45 +54,9 @@ def check_trainer(callback: CompressionCallback, trainer: Trainer) -> None:
         )
     _check_unused(callback, trainer)
     callbacks = callbacks_of(trainer)
-    mine = callbacks.index(callback)
     _check_name(callback, callbacks)
-    check_chain(callbacks, "callbacks")
+    check_pairs(callback, callbacks, "callbacks")
     _check_after_fit(callback, callbacks)
-    _check_last(callback, callbacks[mine + 1 :])
-    for position, other in enumerate(callbacks):
-        if other is callback:
-            continue
-        if isinstance(other, callback.conflicts_with):
-            raise ConfigurationError(
-                f"{callback.state_key} and {type(other).__name__} change the same weights; remove one of them"
-            )
-        wrong = (isinstance(other, callback.runs_after) and position > mine) or (
-            isinstance(other, callback.runs_before) and position < mine
-        )
-        if wrong:
-            first, second = (other, callback) if position > mine else (callback, other)
-            raise ConfigurationError(
-                f"`callbacks` has {type(callback).__name__} and {type(other).__name__} in the wrong order: put "
-                f"{type(first).__name__} before {type(second).__name__}"
-            )
-
-
-def check_layers(callback: CompressionCallback, trainer: Trainer) -> None:
-    """Raise if another callback holds values in a layer that ``callback`` holds others in.
-
-    Raises:
-        ConfigurationError: For the first such callback; names the layers.
-    """
-    for other in callbacks_of(trainer):
-        if other is callback or not isinstance(other, callback.conflicts_on_layers) or not isinstance(other, Method):
-            continue
-        both = [path for path in callback.selected if path and path in other.selected]
-        if both:
-            raise ConfigurationError(
-                f"{type(callback).__name__} and {type(other).__name__} would both hold the weights of "
-                f"{', '.join(map(repr, both[:3]))}{' ...' if len(both) > 3 else ''} at values of their own; give each "
-                "layers of its own with `select`, or remove one of them"
-            )
 
 
 def after_fit(callback: CompressionCallback, error: CompressionError) -> CompressionError:
@@ -125,16 +90,6 @@ def _check_after_fit(callback: CompressionCallback, callbacks: list[Callback]) -
             raise ConfigurationError(
                 f"{type(other).__name__} changes weights after fit, which would undo what {type(callback).__name__} "
                 f"did in it; give {type(other).__name__} a fit of its own, before"
-            )
-
-
-def _check_last(callback: CompressionCallback, later: list[Callback]) -> None:
-    """Refuse a callback behind one whose result it could not edit."""
-    for other in later if callback.comes_last else ():
-        if isinstance(other, Method) and overrides(other, "finalize"):
-            raise ConfigurationError(
-                f"`callbacks` has {type(other).__name__} behind {type(callback).__name__}, which leaves nothing to it; "
-                f"put {type(callback).__name__} last"
             )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 from torch import nn
 
-from lightning_compress.core.chain import check_chain
 from lightning_compress.core.copies import full_copy
-from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.errors import CompressionError, ConfigurationError
+from lightning_compress.core.method import Method as Known
+from lightning_compress.core.pairs import check_layers, check_pairs
 
 
 class Method(Protocol):
@@ -33,8 +35,8 @@ def compress(model: nn.Module, *methods: Method, example_inputs: Any = None, inp
         The compressed module, of the same class as ``model``. ``save_compressed`` writes it to a file.
 
     Raises:
-        ConfigurationError: If no method is given, one is not a method, needs example inputs and has none, or would
-            undo an earlier one.
+        ConfigurationError: If no method is given, one is not a method, needs example inputs and has none, would
+            undo an earlier one, or cannot be used together with another one.
 
     >>> import torch
     >>> from lightning_compress import IterativePruning, compress
@@ -51,8 +53,23 @@ def compress(model: nn.Module, *methods: Method, example_inputs: Any = None, inp
             )
     if not methods:
         raise ConfigurationError("`methods` is empty: give at least one, such as IterativePruning(0.9)")
-    check_chain(methods, "methods")
+    _check_together(model, [method for method in methods if isinstance(method, Known)])
     compressed = model if inplace else full_copy(model)
     for method in methods:
         method.run_once(compressed, example_inputs)
     return compressed
+
+
+def _check_together(model: nn.Module, methods: Sequence[Known]) -> None:
+    """Refuse methods that a Trainer would not take together either, before the first of them changes anything."""
+    for method in methods:
+        check_pairs(method, methods, "methods")
+    for method in methods:
+        check_layers(method, methods, lambda each: _selected(model, each))
+
+
+def _selected(model: nn.Module, method: Known) -> Collection[str]:
+    try:
+        return method.choose(model).layers
+    except CompressionError:  # an earlier method may make what it works on; if none does, its own run says so
+        return ()

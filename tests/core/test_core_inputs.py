@@ -228,9 +228,7 @@ def test_batches_found_not_finite_after_training_cost_nothing_of_it(method: str)
         if not callbacks:
             fit(modules[-1])
             continue
-        with pytest.raises(
-            ConfigurationError, match=r"batch \d of them holds .*The training is not lost.*compress\("
-        ):
+        with pytest.raises(ConfigurationError, match=r"batch \d of them holds .*The training is not lost.*compress\("):
             fit(modules[-1], *callbacks)
         assert callbacks[0].compressed is None
     alone, module = (module.state_dict() for module in modules)

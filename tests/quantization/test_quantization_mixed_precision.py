@@ -273,13 +273,13 @@ class Answers(Small):
 
 
 def misspelled(model: Any) -> float:
-    return float(model.acuracy)
+    return float(model.no_such_thing)
 
 
 @pytest.mark.parametrize(
     ("net", "weights", "rules", "message"),
     [
-        (Small, {"drop": 1, "metric": misspelled}, None, "`metric` failed on Untrained .*AttributeError.*acuracy"),
+        (Small, {"drop": 1, "metric": misspelled}, None, "`metric` failed on Untrained .*AttributeError.*no_such_thing"),
         (Small, {"drop": 1, "metric": lambda net, data: 1.0}, None, "`metric` failed .*TypeError"),
         (Small, {"drop": 1, "metric": lambda net: {"accuracy": 1.0}}, None, "`metric` must return a number .* a dict"),
         (Answers, {"drop": 1}, None, "`drop` counts the largest of the outputs .* shape .4."),

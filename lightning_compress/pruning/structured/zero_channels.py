@@ -181,4 +181,4 @@ class ZeroChannelRemoval(CompressionCallback):
         return {name: channels for name, channels in cuts.items() if channels}
 
 
-ZeroChannelRemoval.conflicts_with = (ZeroChannelRemoval, StructuredPruning, NeuronMerging)  # they would cut twice
+ZeroChannelRemoval.conflicts_after_fit = (ZeroChannelRemoval, StructuredPruning, NeuronMerging)  # they would cut twice
