@@ -79,7 +79,7 @@ class Net(nn.Module):
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[list[nn.Module], Tensor, tuple[Tensor, Tensor]]:
-    """Two networks trained from different seeds, calibration images, and the test set."""
+    """Four networks trained from different seeds, calibration images, and the test set."""
     data = DigitsDataModule(batch_size=64)
     data.prepare_data()
     data.setup("fit")
@@ -87,7 +87,7 @@ def digits() -> tuple[list[nn.Module], Tensor, tuple[Tensor, Tensor]]:
     data.setup("test")
     test = [torch.cat(part) for part in zip(*((b[0], b[1]) for b in data.test_dataloader()), strict=True)]
     nets = []
-    for seed in range(2):
+    for seed in range(4):
         torch.manual_seed(seed)
         net = Net()
         optimizer = torch.optim.Adam(net.parameters(), 4e-3)
@@ -119,7 +119,7 @@ def test_beats_plain_rounding_on_digits(digits, bits: int) -> None:
     assert sum(scores["gptq"]) >= sum(scores["plain"]) - 0.01
     if bits == 2:
         gained = round(sum(scores["gptq"]) * len(test[1])) - round(sum(scores["plain"]) * len(test[1]))
-        assert gained >= 0.1 * len(test[1])
+        assert gained >= 0.05 * len(test[1]) * len(nets)
 
 
 def test_each_step_alone_lowers_the_error(digits) -> None:
