@@ -279,7 +279,12 @@ def misspelled(model: Any) -> float:
 @pytest.mark.parametrize(
     ("net", "weights", "rules", "message"),
     [
-        (Small, {"drop": 1, "metric": misspelled}, None, "`metric` failed on Untrained .*AttributeError.*no_such_thing"),
+        (
+            Small,
+            {"drop": 1, "metric": misspelled},
+            None,
+            "`metric` failed on Untrained .*AttributeError.*no_such_thing",
+        ),
         (Small, {"drop": 1, "metric": lambda net, data: 1.0}, None, "`metric` failed .*TypeError"),
         (Small, {"drop": 1, "metric": lambda net: {"accuracy": 1.0}}, None, "`metric` must return a number .* a dict"),
         (Answers, {"drop": 1}, None, "`drop` counts the largest of the outputs .* shape .4."),
