@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -19,6 +18,7 @@ from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.compress import compress
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.hooks import install_hooks
+from lightning_compress.core.inputs import example_in
 from lightning_compress.data.resume import ExactResume
 from lightning_compress.run.build import build
 from lightning_compress.run.callbacks import (
@@ -326,5 +326,4 @@ def example_inputs(module: LightningModule, data: LightningDataModule) -> Any:
     data.prepare_data()
     data.setup("fit")
     batch = next(iter(data.val_dataloader() if is_overridden("val_dataloader", data) else data.train_dataloader()))
-    inputs = batch[0] if isinstance(batch, list | tuple) else batch
-    return inputs if isinstance(inputs, torch.Tensor) else batch
+    return example_in(module, batch)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_compress.core.errors import ConfigurationError
-from lightning_compress.core.isolation import device_of, map_tensors, same_randomness
+from lightning_compress.core.inputs import example_in, takes
+from lightning_compress.core.isolation import batch_size_of, device_of, map_tensors, same_randomness
 
 _SAMPLES = 2
 
@@ -30,23 +31,25 @@ def beside(model: nn.Module, inputs: Any) -> Any:
     return map_tensors(lambda tensor: tensor.to(device), inputs)
 
 
-def example_from(loaders: Any) -> Any:
+def example_from(model: nn.Module, loaders: Any) -> Any:
     """Return the inputs of the first samples of a loader, without touching its position or any random state.
 
     The samples are taken from the data set and joined as the loader joins a batch.
 
     Args:
+        model: Whose ``forward`` decides which part of a batch it is called with.
         loaders: A ``DataLoader``, or a list or mapping of some.
 
     Returns:
-        A tensor with up to two samples: the batch's first element if it is a tuple or list.
+        A tensor with up to two samples; a tuple of positional or a mapping of keyword arguments, if ``forward`` takes
+        more than a tensor.
 
     Raises:
-        ConfigurationError: If no loader has a data set with positions, or a batch does not start with a tensor.
+        ConfigurationError: If no loader has a data set with positions, or there are no samples in a batch's inputs.
 
     >>> import torch
     >>> data = torch.utils.data.TensorDataset(torch.zeros(5, 3), torch.zeros(5))
-    >>> example_from(DataLoader(data, batch_size=4)).shape
+    >>> example_from(nn.Linear(3, 1), DataLoader(data, batch_size=4)).shape
     torch.Size([2, 3])
     """
     for loader in _each(loaders):
@@ -55,12 +58,19 @@ def example_from(loaders: Any) -> Any:
         if batch is None:
             continue
         batch = getattr(batch, "training_batch", batch)  # stored outputs of a teacher may lie beside it
-        inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
-        if isinstance(inputs, Tensor) and inputs.dim() > 0:
+        inputs = example_in(model, batch)
+        if not takes(model, inputs):
+            raise ConfigurationError(
+                f"`example_inputs`: forward of {type(model).__name__} cannot be called with the inputs in a batch of "
+                "training data; set `example_input_array` on the module, pass them, or let batches be "
+                "`((first, second), targets)` for several inputs, or a mapping with the names of its arguments"
+            )
+        if batch_size_of(inputs) is not None:
             return inputs
         raise ConfigurationError(
-            f"`example_inputs`: a batch of the training data starts with a {type(inputs).__name__}, not with a tensor "
-            "of inputs; set `example_input_array` on the module, or pass them"
+            f"`example_inputs`: what a batch of the training data gives {type(model).__name__}, a "
+            f"{type(inputs).__name__}, does not start with a tensor of samples; set `example_input_array` on the "
+            "module, or pass them"
         )
     raise ConfigurationError(
         "`example_inputs`: none were given, and none could be taken from the training data; set "

@@ -6,8 +6,9 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_compress.core.isolation import call
 from lightning_compress.core.paths import original
 
 
@@ -40,12 +41,42 @@ def inputs_of(model: nn.Module, batch: Any) -> Any:
     return tuple(inputs) if several and not hasattr(inputs, "_fields") else (inputs,)
 
 
-def _parameters(model: nn.Module) -> list[inspect.Parameter] | None:
-    """Return the parameters of ``forward``, or ``None`` if it does not tell them."""
+def example_in(model: nn.Module, batch: Any) -> Any:
+    """Return the inputs in a batch as a user would pass an example: a tensor alone, else as :func:`inputs_of` does.
+
+    >>> import torch
+    >>> example_in(nn.Linear(1, 1), (torch.zeros(2, 1), "target")).shape
+    torch.Size([2, 1])
+    """
+    inputs = inputs_of(model, batch)
+    alone = isinstance(inputs, tuple) and len(inputs) == 1 and isinstance(inputs[0], Tensor)
+    return inputs[0] if alone else inputs
+
+
+def takes(model: nn.Module, inputs: Any) -> bool:
+    """Return whether ``forward`` can be called with so many inputs, or with inputs of these names, as far as it tells.
+
+    >>> takes(nn.Linear(1, 1), ("x",)), takes(nn.Bilinear(1, 1, 1), ("x",))
+    (True, False)
+    """
+    signature = _signature(model)
     try:
-        return list(inspect.signature(original(model).forward).parameters.values())
+        return signature is None or call(signature.bind, inputs) is not None
+    except TypeError:
+        return False
+
+
+def _signature(model: nn.Module) -> inspect.Signature | None:
+    """Return the signature of ``forward``, or ``None`` if it does not tell."""
+    try:
+        return inspect.signature(original(model).forward)
     except (TypeError, ValueError):  # compiled elsewhere
         return None
+
+
+def _parameters(model: nn.Module) -> list[inspect.Parameter] | None:
+    signature = _signature(model)
+    return None if signature is None else list(signature.parameters.values())
 
 
 def _needed(parameters: list[inspect.Parameter]) -> list[str]:

@@ -165,7 +165,7 @@ class Method(Blanks):
             inputs = example_inputs
             if inputs is None:
                 with nullcontext() if self.needs_example else suppress(ConfigurationError):
-                    inputs = example_from(loaders)
+                    inputs = example_from(root, loaders)
             selection = self.examine(root, beside(root, inputs))
             self._paths, self._left = tuple(selection.layers), dict(selection.left)
 

@@ -61,6 +61,11 @@ def match_terms(
     return found
 
 
+def run_part(distiller: Distiller, student: nn.Module) -> nn.Module:
+    """Return what is run on examples: the student, or its part that gives the output, if it has no forward itself."""
+    return student if defines_forward(student) else tap_point(student, distiller.student_output)
+
+
 def run_example(distiller: Distiller, student: nn.Module, inputs: Any) -> tuple[Seen, Answer | None]:
     """Run both models on example inputs, in evaluation mode and without moving any random state.
 
@@ -69,7 +74,7 @@ def run_example(distiller: Distiller, student: nn.Module, inputs: Any) -> tuple[
     """
     device = device_of(student)
     inputs = map_tensors(lambda tensor: tensor.to(device), inputs)
-    root = student if defines_forward(student) else tap_point(student, distiller.student_output)
+    root = run_part(distiller, student)
     with evaluating(student), torch.no_grad(), distiller.watch(student, with_graph=False) as record:
         call(root, inputs)
         runs = distiller.collect(record)
@@ -92,7 +97,7 @@ def examine_answer(distiller: Distiller, student: nn.Module, inputs: Any) -> Non
     """
     asks = distiller.teacher is not None and distiller.teacher.has_validation  # others want a batch
     inputs = map_tensors(lambda tensor: tensor.to(device_of(student)), inputs)
-    root = student if defines_forward(student) else tap_point(student, distiller.student_output)
+    root = run_part(distiller, student)
     with evaluating(student), torch.no_grad(), distiller.watch(student, with_graph=False) as record:
         try:
             call(root, inputs)

@@ -16,11 +16,12 @@ from lightning_compress.distillation.answers import broken_rows
 from lightning_compress.distillation.losses.numeric import mean_or_zero
 
 
-def example_of(module: nn.Module, loaders: Sequence[Callable[[], Any]]) -> Any:
+def example_of(module: nn.Module, called: nn.Module, loaders: Sequence[Callable[[], Any]]) -> Any:
     """Return inputs to run the student with: its ``example_input_array``, or samples of its training data.
 
     Args:
         module: The student.
+        called: It, or the part of it that is run.
         loaders: Each makes the training loader, or raises where there is none; tried in order.
 
     Raises:
@@ -31,7 +32,7 @@ def example_of(module: nn.Module, loaders: Sequence[Callable[[], Any]]) -> Any:
         return own
     for make in loaders:
         with same_randomness():
-            return example_from(make())
+            return example_from(called, make())
     raise ConfigurationError(
         "`example_input_array` is None, and the shapes of layers must be known before training: a loader that is "
         "passed to `fit` cannot be looked at so early. Set `module.example_input_array = batch[0]`, or give the data "

@@ -15,7 +15,7 @@ from lightning_compress.core.clock import UpdateClock, callbacks_of, horizon_of,
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.isolation import same_randomness
 from lightning_compress.distillation.engine import Distiller
-from lightning_compress.distillation.examination import examine_answer
+from lightning_compress.distillation.examination import examine_answer, run_part
 from lightning_compress.distillation.fit import dtype_of, example_of, join_optimizer, share_values
 
 
@@ -31,7 +31,7 @@ def before_optimizers(
         module.configure_model()
     distiller.begin(module, trainer.global_step)
     distiller.take_teacher(module, baseline)
-    distiller.prepare(module, lambda: example_of(module, _loaders(trainer, module)))
+    distiller.prepare(module, lambda: example_of(module, run_part(distiller, module), _loaders(trainer, module)))
 
 
 def after_optimizers(distiller: Distiller, trainer: Trainer, module: LightningModule) -> None:
@@ -107,7 +107,7 @@ def _examine(distiller: Distiller, trainer: Trainer, module: LightningModule) ->
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
         return  # the model is in parts: the first batch will tell
     try:
-        inputs = example_of(module, [lambda: trainer.train_dataloader])
+        inputs = example_of(module, run_part(distiller, module), [lambda: trainer.train_dataloader])
     except ConfigurationError:
         return
     with same_randomness(), trainer.precision_plugin.forward_context():

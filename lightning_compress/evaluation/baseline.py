@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.core.copies import structure_copy, tensors_in
+from lightning_compress.core.copies import structure_copy
 from lightning_compress.core.errors import ArtifactError, ConfigurationError
 from lightning_compress.core.files import load_tensors
 from lightning_compress.core.hooks import install_hooks
+from lightning_compress.core.inputs import example_in
+from lightning_compress.core.isolation import batch_size_of
+from lightning_compress.core.latency import batch_of
 from lightning_compress.evaluation.measurement import Measurement
 
 
@@ -103,17 +106,16 @@ def combine(structure: Measurement, values: Measurement | None) -> Measurement:
     return replace(values, macs=structure.macs, layers=layers, reasons=reasons)
 
 
-def first_sample(batch: Any) -> Any:
-    """Return the inputs of a batch's first sample, as a batch of one: of its first element if it is a tuple or list.
+def first_sample(model: nn.Module, batch: Any) -> Any:
+    """Return the inputs of a batch's first sample, as a batch of one.
 
-    >>> first_sample((torch.zeros(8, 3), torch.zeros(8))).shape
+    >>> first_sample(nn.Linear(3, 1), (torch.zeros(8, 3), torch.zeros(8))).shape
     torch.Size([1, 3])
     """
-    inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if not isinstance(inputs, Tensor) or inputs.dim() == 0:
-        first = next(tensors_in(inputs), None)
-        found = "nothing" if first is None else f"a {type(inputs).__name__}"
+    inputs = example_in(model, batch)
+    if batch_size_of(inputs) is None:
         raise ConfigurationError(
-            f"`example_inputs`: a batch of the loader starts with {found}, not with a tensor of inputs. Pass them."
+            f"`example_inputs`: what a batch of the loader gives {type(model).__name__}, a {type(inputs).__name__}, "
+            "does not start with a tensor of samples. Pass them."
         )
-    return inputs[:1]
+    return batch_of(inputs, 1)

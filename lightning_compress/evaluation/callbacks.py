@@ -264,7 +264,7 @@ class CompressionReport(Callback):
                 continue
             try:
                 with same_randomness():
-                    sample = first_sample(next(iter(loader)))
+                    sample = first_sample(pl_module, next(iter(loader)))
                 return trainer.precision_plugin.convert_input(sample), ""
             except Exception as error:  # user code runs here; the next source may do
                 reason = f"no example inputs could be taken from a loader ({error}); pass `example_inputs`"

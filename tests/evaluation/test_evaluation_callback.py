@@ -290,18 +290,26 @@ def test_a_failure_is_a_warning_and_the_rest_is_written(tmp_path, monkeypatch):
 def test_example_inputs_come_from_a_loader_and_bad_batches_are_a_note(tmp_path):
     class Odd(Net):
         def training_step(self, batch, batch_idx):
-            return super().training_step((batch["x"], batch["y"]), batch_idx)
+            return super().training_step((batch["x"], batch["y"]) if isinstance(batch, dict) else batch[1:], batch_idx)
 
     class AsDict(Digits):
         def train_dataloader(self):
             return DataLoader([{"x": image, "y": label} for image, label in self.train], 100)
 
+    class Named(Digits):
+        def train_dataloader(self):
+            return DataLoader([("name", image, label) for image, label in self.train], 100)
+
     callback = CompressionReport(gzip=False)
     trainer(tmp_path, callback).fit(Odd(), datamodule=AsDict())
+    assert callback.report["compressed"]["macs"] == 36 * 72 + 2880
+    callback = CompressionReport(gzip=False)
+    trainer(tmp_path, callback).fit(Odd(), datamodule=Named())
     assert callback.report["compressed"]["macs"] is None
-    assert any("starts with a dict" in note and "pass `example_inputs`" in note for note in callback.report["notes"])
+    notes = callback.report["notes"]
+    assert any("does not start with a tensor" in note and "pass `example_inputs`" in note for note in notes)
     given = CompressionReport(example_inputs=torch.zeros(1, 1, 8, 8), gzip=False)
-    trainer(tmp_path, given).fit(Odd(), datamodule=AsDict())
+    trainer(tmp_path, given).fit(Odd(), datamodule=Named())
     assert given.report["compressed"]["macs"] == 36 * 72 + 2880
 
 
