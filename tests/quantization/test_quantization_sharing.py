@@ -321,6 +321,47 @@ def test_weights_that_are_unfrozen_later_join_the_global_codebook() -> None:
     assert clusters(model.first.weight) > 1
 
 
+@pytest.mark.parametrize("removed", [False, True], ids=["in the optimizer", "taken out of it"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_weights_that_are_frozen_after_the_sharing_never_move_and_join_again(scope: str, removed: bool) -> None:
+    class Freeze(Net):
+        def on_train_epoch_start(self) -> None:
+            trains = self.current_epoch not in (1, 2)
+            if self.current_epoch == 1:
+                self.kept = self.first.weight.detach().clone()
+                self.other = self.second.weight.detach().clone()
+            if self.current_epoch == 3:
+                assert torch.equal(self.first.weight, self.kept)
+                assert not torch.equal(self.second.weight, self.other)
+                assert clusters(self.second.weight) == 4
+            self.first.weight.requires_grad_(trains)
+            group = self.optimizers().param_groups[0]["params"]
+            if removed and trains is not any(p is self.first.weight for p in group):
+                group[:] = [*group, self.first.weight] if trains else [p for p in group if p is not self.first.weight]
+
+    model, callback = Freeze(), WeightSharing(2, at(2), scope=scope)
+    fit(model, callback, max_epochs=3)
+    assert torch.equal(model.first.weight, model.kept)
+    assert len(callback.values()["codes:second.weight"]) == 48
+    assert ("codes:first.weight" in callback.values()) is (scope == "layer")
+    model = Freeze()
+    fit(model, WeightSharing(2, at(2), scope=scope), max_epochs=5)
+    assert not torch.equal(model.first.weight, model.kept)
+    both = torch.cat([model.first.weight.flatten(), model.second.weight.flatten()])
+    assert clusters(both) == (4 if scope == "global" else 8)
+
+
+def test_weights_frozen_between_two_fits_keep_their_values() -> None:
+    model, callback = Net(), WeightSharing(2, at(2), scope="global")
+    fit(model, callback)
+    model.first.weight.requires_grad_(False)
+    kept, other = model.first.weight.detach().clone(), model.second.weight.detach().clone()
+    fit(model, callback)
+    assert torch.equal(model.first.weight, kept)
+    assert not torch.equal(model.second.weight, other)
+    assert clusters(model.second.weight) <= 4
+
+
 def test_a_global_codebook_has_one_type() -> None:
     model = Net()
     model.second.half()

@@ -47,10 +47,10 @@ class WeightSharing(CompressionCallback):
     checkpoint's callback state and survive ``fit(ckpt_path=...)`` from any point.
 
     Weights of Linear, convolution, recurrent, attention and embedding layers are shared; biases and norms are left
-    alone. Weights that are frozen at the start are left alone until they are unfrozen; parameters tied to a layer
-    outside the selection are kept, and the plan names them all. With pruning: put the pruning callback before this
-    one, and let its schedule end before this one starts; on a model that has been pruned, start at 0, where the
-    weights are clustered before the first batch.
+    alone. Frozen weights keep their values, also in a global codebook that other weights train on; once unfrozen they
+    take the nearest values of their codebook. Parameters tied to a layer outside the selection are kept, and the plan
+    names them all. With pruning: put the pruning callback before this one, and let its schedule end before this one
+    starts; on a model that has been pruned, start at 0, where the weights are clustered before the first batch.
 
     Sums are large: with SGD a cluster of a thousand weights moves as fast as a thousand weights together, so lower
     the learning rate, or take ``gradient="mean"``. (Adam hardly sees the difference.) Clipping by norm counts a
@@ -181,6 +181,7 @@ class WeightSharing(CompressionCallback):
 
     def before_step(self, layers: Layers, optimizer: Optimizer, scale: float) -> None:
         """Give every weight the gradient of its shared value."""
+        self._held.let_go(layers if self._run is None else self._run.layers)
         self._held.share_gradients(self._held.moved_by(layers, optimizer), self.gradient)
 
     def update(self, layers: Layers, amount: float) -> None:

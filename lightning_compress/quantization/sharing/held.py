@@ -117,6 +117,17 @@ class HeldCodes:
         mine = {t.layer for t in self.targets if t.layer in layers and id(t.weight(layers)) in held}
         return {path: layer for path, layer in layers.items() if path in mine}
 
+    def let_go(self, layers: Layers) -> None:
+        """Let go of frozen weights in codebooks that others train, so that they keep their values.
+
+        Such a weight is as one that was never shared: once it is unfrozen, it can join its codebook again.
+        """
+        held = {key: weight.requires_grad for key, weight in self.weights(layers).items() if key in self.members}
+        moving = {self.groups[key] for key, trains in held.items() if trains}
+        for key, trains in held.items():
+            if not trains and self.groups[key] in moving:
+                del self.members[key]
+
     def share_gradients(self, layers: Layers, how: str = "sum") -> None:
         r"""Give every weight of a cluster the gradient of the shared value, and pruned weights none.
 
@@ -151,6 +162,7 @@ class HeldCodes:
         Equal ones stay as they are, to the bit. Where they differ (rounding, averaged weights) all take their mean. A
         weight that something else has set to zero since is pruned, and stays so.
         """
+        self.let_go(layers)
         for group, pool in self._pools(layers).items():
             tie_values(self.sizes[group], pool)
 
@@ -239,20 +251,19 @@ class HeldCodes:
     def check_movable(self, layers: Layers, optimizers: Iterable[Optimizer]) -> None:
         """Refuse, before training, a codebook whose weights no single optimizer would move.
 
-        Weights that are frozen and not shared yet are passed over: they wait until they are unfrozen.
+        Frozen weights are passed over: they keep their values until they are unfrozen.
 
         Raises:
             ConfigurationError: Names the first weight that would not move with the others.
         """
         held = holders(optimizers)
         moved: dict[str, tuple[str, set[int]]] = {}
-        weights = {k: w for k, w in self.weights(layers).items() if w.requires_grad or k in self.members}
+        weights = {key: weight for key, weight in self.weights(layers).items() if weight.requires_grad}
         for key, weight in sorted(weights.items(), key=lambda item: id(item[1]) not in held):  # those that move first
             mine = {id(optimizer) for optimizer in held.get(id(weight), ())}
             _, others = moved.setdefault(self.groups[key], (key, mine))
             if mine != others:
-                none = "no optimizer" if weight.requires_grad else "no optimizer (it is frozen)"
-                raise self._cannot_move(key, f"{none}, unlike" if not mine else "another optimizer than")
+                raise self._cannot_move(key, "another optimizer than" if mine else "no optimizer, unlike")
 
     def _check_whole(self, layers: Layers) -> None:
         """Refuse to move a part of a codebook."""
