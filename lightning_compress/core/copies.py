@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -56,6 +58,7 @@ def structure_copy(model: nn.Module, change: Callable[[Tensor], Tensor], share: 
     for part in copied.modules():
         own_class(part)
         _drop_compiled_call(part)
+        _drop_wrapped_methods(part, memo)
         _follow_identities(part, memo)
     return copied
 
@@ -84,6 +87,18 @@ def _drop_compiled_call(module: nn.Module) -> None:
         made_by_torch = callable(value) and getattr(value, "__module__", "") == nn.Module.__module__
         if made_by_torch and getattr(type(module), name, value) is None:
             delattr(module, name)
+
+
+def _drop_wrapped_methods(module: nn.Module, memo: Mapping[int, Any]) -> None:
+    """Let a copy run its own methods where the original has wrapped ones, which stay bound to the original.
+
+    Lightning puts such a ``forward``, ``training_step``, ... on a LightningModule that comes out of ``torch.compile``.
+    """
+    for name, value in list(vars(module).items()):
+        if isinstance(value, types.FunctionType) and hasattr(type(module), name):
+            owner = getattr(inspect.unwrap(value), "__self__", None)
+            if isinstance(owner, nn.Module) and memo.get(id(owner)) is module:
+                delattr(module, name)
 
 
 def _follow_identities(module: nn.Module, memo: Mapping[int, Any]) -> None:

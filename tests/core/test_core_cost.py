@@ -5,6 +5,7 @@ import pytest
 import torch
 import torchvision
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.compile import from_compiled
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -191,6 +192,16 @@ def test_a_copy_of_a_compiled_module_runs_itself():
     copied = structure_copy(model, torch.zeros_like)
     assert not copied(model.example_input_array).any()
     assert model(model.example_input_array).any()
+    assert count_macs(model, model.example_input_array).per_layer == {"net.0": 24}
+
+
+def test_a_copy_of_a_module_that_lightning_took_out_of_compile_runs_itself():
+    model = Lit()
+    from_compiled(torch.compile(model, backend="eager"))  # as Trainer.fit(torch.compile(model)) does
+    copied = structure_copy(model, torch.zeros_like)
+    assert not copied(model.example_input_array).any()
+    assert model(model.example_input_array).any()
+    assert "forward" in vars(model)
     assert count_macs(model, model.example_input_array).per_layer == {"net.0": 24}
 
 
