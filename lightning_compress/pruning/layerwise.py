@@ -156,10 +156,22 @@ def trace_layer(
     pattern = None
     if granularity is not None and granularity.kind == "n:m":
         pattern = input_pattern(weight.shape[1], columns // weight.shape[1], granularity.a, granularity.b)
-    damped, rows = damp(hessian.double(), damping), flat.view(groups, -1, size)
+    damped, rows = _damped(hessian.double(), damping), flat.view(groups, -1, size)
     traces = [obc_trace(part, own, steps, columns, pattern) for part, own in zip(rows, damped, strict=True)]
     whole = Trace(torch.cat([t.order for t in traces]), torch.cat([t.losses for t in traces]))
     return TracedLayer(weight.detach(), None if bias is None else bias.detach(), rows, damped, whole)
+
+
+def _damped(hessian: Tensor, damping: float) -> Tensor:
+    """Damp each group's Hessian; one whose inputs are all zero (a dead depthwise channel) has the others' damping."""
+    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
+    seen = mean != 0
+    if seen.all() or not seen.any():
+        return damp(hessian, damping)
+    eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
+    damped = (damping * mean[seen].mean() * eye).repeat(len(hessian), 1, 1)
+    damped[seen] = damp(hessian[seen], damping)
+    return damped
 
 
 def counts_over_layers(layers: Mapping[str, TracedLayer], amount: float, floor: float = 0.0) -> dict[str, int]:

@@ -254,6 +254,17 @@ def test_inputs_that_are_never_there_go_first():
     assert torch.allclose(new[:, [0, 1, 3]], weight[:, [0, 1, 3]])
 
 
+def test_a_dead_channel_of_a_depthwise_convolution_goes_first():
+    layer = nn.Conv1d(3, 3, 2, groups=3, bias=False).double()
+    inputs = torch.randn(8, 3, 9).double()
+    inputs[:, 1] = 0  # as behind a ReLU that never opens
+    new, _ = obc_prune(layer.weight, None, layer_hessian(layer, inputs), 1 / 3)
+    assert (new == 0).nonzero()[:, 0].tolist() == [1, 1]
+    assert torch.equal(new[[0, 2]], layer.weight[[0, 2]])
+    with pytest.raises(ConfigurationError, match="all zero"):
+        obc_prune(layer.weight, None, layer_hessian(layer, inputs * 0), 1 / 3)
+
+
 def test_dtypes_stay_and_one_weight_does():
     layer = nn.Linear(4, 3).to(torch.bfloat16)
     hessian = layer_hessian(layer, torch.randn(20, 4, dtype=torch.bfloat16))
