@@ -32,7 +32,7 @@ def check_first_batch(model: nn.Module, batches: Any) -> Any:
     torch.Size([3, 4])
     """
     with evaluating(model), torch.no_grad():
-        batch = _first_batch(batches)
+        batch = first_batch(batches)
         try:
             run_on(model, batch)
         except Exception as error:  # the user's own code
@@ -84,7 +84,15 @@ def _again(batches: Any) -> Any:
     return ()
 
 
-def _first_batch(batches: Any) -> Any:
+def first_batch(batches: Any) -> Any:
+    """Return the first samples of calibration data.
+
+    Raises:
+        ConfigurationError: If there are none.
+
+    >>> first_batch([torch.zeros(3, 4), torch.zeros(2, 4)]).shape
+    torch.Size([3, 4])
+    """
     loader: Any = batches
     if isinstance(batches, Tensor):
         return batches

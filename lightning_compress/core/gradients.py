@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core.calibration import run_on
 from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.first_look import described
 from lightning_compress.core.isolation import eval_mode, map_tensors
 
 Loss = Callable[[Any, Any], Tensor]
@@ -29,7 +30,7 @@ def sample_gradients(
         loss: Called with the output and the target of a batch of one; default cross entropy.
 
     Raises:
-        ConfigurationError: If a batch is not such a pair, or the loss does not depend on any weight.
+        ConfigurationError: If a batch is not such a pair, or the loss fails or does not depend on any weight.
 
     >>> net = nn.Linear(2, 1, bias=False)
     >>> pairs = [(torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.zeros(2, 1))]
@@ -60,7 +61,13 @@ def _gradient(model: nn.Module, weights: Mapping[str, Tensor], batch: Any, index
     with torch.enable_grad():
         output = run_on(model, (part,))
         target = batch[1][one].to(output.device) if isinstance(output, Tensor) else batch[1][one]
-        value = loss(output, target)
+        try:
+            value = loss(output, target)
+        except Exception as error:  # the user's own code
+            raise ConfigurationError(
+                f"`loss` cannot judge what {type(model).__name__} returns, {described(output)}, by a target, "
+                f"{described(target)} ({type(error).__name__}: {error}); give a function of both that returns a scalar"
+            ) from error
         if not value.requires_grad:
             raise ConfigurationError("`loss` does not depend on the selected weights; check the loss and the selection")
         found = torch.autograd.grad(value, list(weights.values()), allow_unused=True)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.first_look import first_batch
 from lightning_compress.core.gradients import Loss, sample_gradients
+from lightning_compress.core.isolation import evaluating
 from lightning_compress.core.run import Layers
-from lightning_compress.core.select import Select
+from lightning_compress.core.select import Select, Selection
 from lightning_compress.pruning.allocation import choose_masks
 from lightning_compress.pruning.post_training import FLOOR, PostTrainingPruning
 from lightning_compress.pruning.woodfisher import FisherInverse, woodfisher_saliency, woodfisher_update
@@ -70,6 +72,15 @@ class FisherPruning(PostTrainingPruning):
         if isinstance(block, bool) or not isinstance(block, int) or block < 1:
             raise ConfigurationError(f"`block` must be an int >= 1, got {block!r}")
         self.loss, self.block = loss, block
+
+    def examine(self, root: nn.Module, example_inputs: Any) -> Selection:
+        """Refuse data without targets, and a loss that does not take them, before the model is trained."""
+        selection = super().examine(root, example_inputs)
+        layers = self.layers(root)
+        weights = {target.key: target.weight(layers) for target in self._targets}
+        with evaluating(root):
+            next(sample_gradients(root, weights, [first_batch(self.batches)], self.loss), None)
+        return selection
 
     def prune(self, model: nn.Module, layers: Layers, batches: list[Any]) -> None:
         """Rank all weights by the Fisher information at the model as it is, and update them once."""

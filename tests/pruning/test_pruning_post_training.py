@@ -26,6 +26,13 @@ from lightning_compress.models import ImageClassifier
 from lightning_compress.pruning.granularity import layout_of, to_units
 from lightning_compress.pruning.second_order import fisher_diagonal, obd_saliency
 
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
 
 def images(count: int = 40) -> Tensor:
     return torch.rand(count, 1, 6, 6, generator=torch.Generator().manual_seed(1))
@@ -235,15 +242,7 @@ def test_after_a_fit_the_copy_is_pruned_and_the_model_is_not(name: str):
     task = ImageClassifier(nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 3)), num_classes=3)
     method = BUILD[name](0.75)
     data = DataLoader(TensorDataset(images(32), torch.arange(32) % 3), batch_size=8)
-    trainer = Trainer(
-        max_epochs=1,
-        callbacks=[method],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = Trainer(max_epochs=1, callbacks=[method], accelerator="cpu", **QUIET)
     trainer.fit(task, data, data)
     assert zeros(task.net[1]) == 0
     assert zeros(method.compressed.net[1]) == 0.75
@@ -310,3 +309,19 @@ def test_more_bad_arguments():
         lc.compress(net, OptimalBrainCompression(0.5, torch.full((4, 4), torch.nan), only))
     with pytest.raises(SelectionError, match="no layer of type LSTM"):
         lc.compress(net, OptimalBrainCompression(0.5, torch.zeros(2, 4), Select(types=("LSTM",))))
+
+
+@pytest.mark.parametrize(
+    ("batches", "match"),
+    [
+        (torch.randn(4, 4), "`batches` must hold pairs"),
+        ([(torch.randn(4, 4), torch.zeros(4, 7))], r"`loss` cannot judge what .* returns, a tensor of shape \[1, "),
+    ],
+)
+def test_a_loss_that_cannot_be_computed_is_noticed_before_training(batches: Any, match: str):
+    task = ImageClassifier(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), num_classes=3)
+    data = DataLoader(TensorDataset(torch.randn(8, 4), torch.zeros(8, dtype=torch.long)), batch_size=4)
+    trainer = Trainer(max_epochs=1, callbacks=[FisherPruning(0.5, batches)], accelerator="cpu", **QUIET)
+    with pytest.raises(ConfigurationError, match=match):
+        trainer.fit(task, data, data)
+    assert trainer.global_step == 0
