@@ -30,7 +30,7 @@ def fit(module: LightningModule, loader: Iterable[Any], epochs: int, batches: in
     """Train on the CPU, in silence, for so many batches an epoch."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    module.train().example_input_array = example_from(loader)  # what a teacher's layers are matched with
+    module.train().example_input_array = example_from(module, loader)  # what a teacher's layers are matched with
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     trainer = Trainer(accelerator="cpu", max_epochs=epochs, limit_train_batches=batches, logger=False, **quiet)
     trainer.fit(module, loader)
