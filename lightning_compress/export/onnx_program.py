@@ -16,6 +16,7 @@ from lightning_compress.core.isolation import batch_size_of
 from lightning_compress.export.extras import require
 from lightning_compress.export.onnx_graph import finish
 from lightning_compress.export.preparation import Prepared
+from lightning_compress.export.projections import move_projections
 from lightning_compress.export.result import Exported, ExportError
 from lightning_compress.export.runtimes import open_onnx
 from lightning_compress.export.verification import require_same
@@ -42,6 +43,7 @@ def write_onnx(prepared: Prepared, path: Path, *, dynamic_batch: bool, verify: b
     onnx = require("onnx", "onnx")
     require("onnxscript", "onnx")
     opset = OPSET + 1 if int4 else OPSET
+    move_projections(prepared.module)
     left = dict(prepared.left)
     shapes = shapes_of(prepared) if dynamic_batch else None
     program, reason = _try(prepared, opset, shapes)

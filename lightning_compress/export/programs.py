@@ -12,6 +12,7 @@ from lightning_compress.core.copies import tensors_in
 from lightning_compress.export.extras import require
 from lightning_compress.export.onnx_program import HELP, reason_of, shapes_of, write_onnx
 from lightning_compress.export.preparation import Prepared, outputs_of
+from lightning_compress.export.projections import move_projections
 from lightning_compress.export.result import Exported, ExportError
 from lightning_compress.export.runtimes import open_openvino
 from lightning_compress.export.verification import require_same
@@ -26,6 +27,9 @@ def write_openvino(prepared: Prepared, path: Path, *, dynamic_batch: bool, verif
         ExportError: If the network cannot be traced or the file computes something else.
     """
     openvino = require("openvino", "openvino")
+    moved = move_projections(prepared.module.model, ahead=True)
+    if prepared.quantized:
+        prepared.left.update(dict.fromkeys(moved, "OpenVINO has no LSTM with projections: its weights become float"))
     way = write_onnx(prepared, path.with_suffix(".onnx"), dynamic_batch=dynamic_batch, verify=False, int4=int4)
     converted = openvino.convert_model(str(way.path))
     openvino.save_model(converted, str(path), compress_to_fp16=False)

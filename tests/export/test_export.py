@@ -15,8 +15,8 @@ from lightning.pytorch import LightningModule
 from networks import Audio, Branching, Residual, Small, Words, calibrate, quantize, randomize
 from torch import Tensor, nn
 
-from lightning_compress import ConfigurationError, IterativePruning, compress
-from lightning_compress.export import Exported, ExportError, export, verification
+from lightning_compress import ConfigurationError, IterativePruning, PostTrainingQuantization, compress
+from lightning_compress.export import Exported, ExportError, export, onnx_program, verification
 from lightning_compress.export.preparation import outputs_of, prepare
 from lightning_compress.export.verification import rounding_noise
 from lightning_compress.models.resnet import CifarResNet
@@ -255,8 +255,74 @@ def test_an_input_of_four_bits_that_two_layers_take(tmp_path) -> None:
         assert same(run(made.path, x)[0], model(x))
 
 
+class Projected(nn.Module):
+    """Returns all that an LSTM with projections does, from a given state if it is asked to."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(6, 8, proj_size=3, **settings)
+
+    def forward(self, x: Tensor, h: Tensor | None = None, c: Tensor | None = None) -> Any:
+        output, (h, c) = self.lstm(x, None if h is None else (h, c))
+        return output, h, c
+
+
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
-def test_what_a_runtime_cannot_run_is_said(tmp_path) -> None:
+@pytest.mark.parametrize("state", [False, True], ids=["from zero", "from a state"])
+@pytest.mark.parametrize("settings", [{}, {"bidirectional": True}, {"bidirectional": True, "num_layers": 2}], ids=str)
+def test_recurrent_layers_with_projections(settings: dict[str, Any], state: bool, tmp_path) -> None:
+    torch.manual_seed(0)
+    model = Projected(bias=bool(settings), batch_first=not state, **settings).eval()
+    size = settings.get("num_layers", 1) * (1 + settings.get("bidirectional", False))
+    given = (torch.randn(size, 2, 3), torch.randn(size, 2, 8)) if state else ()
+    x = torch.randn((5, 2, 6) if state else (2, 5, 6))
+    made = export(model, tmp_path / "net", example_inputs=(x, *given))
+    assert made.dynamic_batch is not state
+    x = x if state else torch.randn(4, 5, 6)
+    with torch.no_grad():
+        expected = model(x, *given)
+    assert all(same(mine, theirs, 1e-5) for mine, theirs in zip(run(made.path, x, *given), expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_integer_weights_of_recurrent_layers_with_projections_stay_integers_in_onnx(tmp_path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 6)
+    model = compress(Projected(batch_first=True, bidirectional=True), PostTrainingQuantization(x, ends=None)).eval()
+    made = export(model, tmp_path / "net", example_inputs=x)
+    stored = {tensor.name: tensor.data_type for tensor in onnx.load(made.path).graph.initializer}
+    assert sum(kind == onnx.TensorProto.INT8 and "integer_weights" in name for name, kind in stored.items()) >= 6
+    with torch.no_grad():
+        expected = model(x)
+    assert all(same(mine, theirs, 1e-5) for mine, theirs in zip(run(made.path, x), expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("quantized", [False, True])
+def test_recurrent_layers_with_projections_in_openvino(quantized: bool, tmp_path) -> None:
+    pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 6)
+    model = Projected(batch_first=True, bidirectional=True).eval()
+    model = compress(model, PostTrainingQuantization(x, ends=None)) if quantized else model
+    made = export(model, tmp_path / "net", "openvino", example_inputs=x)
+    assert made.difference < 1e-5
+    assert ("lstm" in made.left) is quantized
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_a_state_that_a_projection_cannot_reach_is_an_error(tmp_path) -> None:
+    model = Projected().eval()
+    nn.init.zeros_(model.lstm.weight_hr_l0.data[0])
+    x, h, c = torch.randn(5, 2, 6), torch.randn(1, 2, 3), torch.randn(1, 2, 8)
+    with pytest.raises(ExportError, match="a hidden state that its projection cannot reach; start it at zero"):
+        export(model, tmp_path / "net", example_inputs=(x, h, c))
+    assert export(model, tmp_path / "net", example_inputs=x).difference < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_what_a_runtime_cannot_run_is_said(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(onnx_program, "move_projections", lambda model: [])
     recurrent = nn.LSTM(6, 8, batch_first=True, proj_size=4, bidirectional=True)
     with pytest.raises(ExportError, match=r"`target` 'onnx' cannot be read back or run: .*try another target"):
         export(recurrent, tmp_path / "net", example_inputs=torch.randn(2, 3, 6))
