@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -23,12 +24,22 @@ def own_example(model: nn.Module) -> Any:
 def beside(model: nn.Module, inputs: Any) -> Any:
     """Return inputs with all their tensors on the device of the model, wherever data and model are now.
 
-    >>> import torch
+    If all of the model is in half or double precision, floating point inputs become so too, as a Trainer with such a
+    ``precision`` does with batches.
+
     >>> beside(nn.Linear(1, 1, device="meta"), {"x": torch.zeros(1)})["x"].device.type
     'meta'
+    >>> beside(nn.Linear(1, 1).double(), (torch.zeros(1), torch.tensor(2)))
+    (tensor([0.], dtype=torch.float64), tensor(2))
     """
-    device = device_of(model)
-    return map_tensors(lambda tensor: tensor.to(device), inputs)
+    device, dtype = device_of(model), _precision_of(model)
+    return map_tensors(lambda t: t.to(device, dtype if t.is_floating_point() else None), inputs)
+
+
+def _precision_of(model: nn.Module) -> torch.dtype | None:
+    """Return the type of all floating point parameters, or ``None`` if it is the usual one, or they have several."""
+    found = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return None if len(found) != 1 or torch.float32 in found else found.pop()
 
 
 def example_from(model: nn.Module, loaders: Any) -> Any:
@@ -47,7 +58,6 @@ def example_from(model: nn.Module, loaders: Any) -> Any:
     Raises:
         ConfigurationError: If no loader has a data set with positions, or there are no samples in a batch's inputs.
 
-    >>> import torch
     >>> data = torch.utils.data.TensorDataset(torch.zeros(5, 3), torch.zeros(5))
     >>> example_from(nn.Linear(3, 1), DataLoader(data, batch_size=4)).shape
     torch.Size([2, 3])

@@ -127,3 +127,19 @@ def test_methods_that_run_the_model_take_their_example_from_such_batches(kind: s
     assert cut.compressed.a.out_features == 8
     assert report.report is not None
     assert report.report["compressed"]["macs"] == (4 + 3 + 2) * 8
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_examples_take_the_precision_of_the_model(precision: Any) -> None:
+    x, y = torch.randn(8, 4), torch.randn(8, 3)
+    task = Task(whole=False)
+    task.example_input_array = (x, y)
+    samples = [((a, b), 0) for a, b in zip(x, y, strict=True)]
+    cut = StructuredPruning(0.5)
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", callbacks=[cut], precision=precision, enable_model_summary=False, **options
+    )  # fmt: skip
+    trainer.fit(task, DataLoader(samples, 4))
+    assert cut.compressed is not None
+    assert cut.compressed.a.out_features == 8
