@@ -31,7 +31,7 @@ def check_times(schedule: Schedule, trainer: Trainer) -> None:
         kind, number = parse_time(time, name)
         endless = (epochs is None or epochs < 0) and steps < 0
         if kind == "percent" and endless:
-            Horizon(None, None).steps(time, name)
+            Horizon(None, 1).steps(time, name)
         beyond = kind == "epoch" and epochs is not None and 0 <= epochs < number + (name == "start")
         if beyond and not getattr(trainer, "fast_dev_run", False):
             raise ConfigurationError(

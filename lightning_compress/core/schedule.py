@@ -50,9 +50,12 @@ class Horizon:
                 )
             return int(number) * (self.per_epoch or 0)
         if self.total is None:
+            why, setting = "the run has no end (max_epochs=-1)", "max_epochs"
+            if self.per_epoch is None:
+                why, setting = "its length is unknown (a loader without length)", "limit_train_batches"
             raise ConfigurationError(
-                f"`{name}` is {time!r} of the run, but the run has no end (max_epochs=-1); set `max_epochs` or "
-                "`max_steps` on the Trainer, or give the time in optimizer steps: {'step': N}"
+                f"`{name}` is {time!r} of the run, but {why}; set `{setting}` or `max_steps` on the Trainer, or give "
+                "the time in optimizer steps: {'step': N}"
             )
         return round(number / 100 * self.total)
 

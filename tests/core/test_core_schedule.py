@@ -199,6 +199,8 @@ def test_unbounded_runs_take_steps_and_epochs_only() -> None:
     no_length = Horizon(None, None)
     with pytest.raises(ConfigurationError, match=r"`end` is 3 epochs.*loader without length"):
         Schedule(0.5, end=3, every={"step": 1}).resolve(no_length)
+    with pytest.raises(ConfigurationError, match=r"`end` is '70%'.*loader without length.*`limit_train_batches`"):
+        Schedule(0.5).resolve(no_length)
     assert Schedule(0.5, end={"step": 9}, every={"step": 1}).resolve(no_length).end == 9
     with pytest.raises(ConfigurationError, match=r"set by max_steps"):
         Schedule(0.5, end={"step": 9}, every={"step": 1}).resolve(Horizon(4, None))
