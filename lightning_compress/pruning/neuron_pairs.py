@@ -72,7 +72,7 @@ def find_pairs(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[list[
     calls = Counter(id(modules[str(node.target)]) for node in graph.nodes if node.op == "call_module")
     direct = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
-    pairs, reasons = [], dict.fromkeys(layers, "the model does not call it")
+    pairs, reasons = [], dict.fromkeys(layers, "the traced model does not call it by itself")
     for node in graph.nodes:
         path = clean_path(str(node.target)) if node.op == "call_module" else ""
         if path not in layers:
