@@ -45,6 +45,16 @@ def test_concatenated_added_and_flattened_channels_are_found_by_index() -> None:
     assert dict(found.left) == {"head": "its outputs are the model's outputs"}
 
 
+def test_the_plan_names_the_other_layers_of_a_group_only() -> None:
+    class Added(Joined):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.fc(self.mix(torch.cat([self.a(x), self.c(x) + self.b(x)], 1)).flatten(1))))
+
+    callback = StructuredPruning(0.3)
+    compress(Added(), callback, example_inputs=torch.zeros(1, 1, 2, 2))
+    assert {row.layer: row.action for row in callback.plan({})}["b"].endswith("more, with c")
+
+
 def test_the_model_is_left_as_it_was() -> None:
     net = Joined()
     net.c.requires_grad_(False)

@@ -140,7 +140,7 @@ class StructuredPruning(CompressionCallback):
         """Return a row for each group: how wide it is, and the layers whose outputs it holds."""
         rows = []
         for group in self._groups:
-            others = group.producers[1:]
+            others = [path for path in group.producers if path != group.name]
             coupled = f", with {', '.join(others[:3])}{' ...' if len(others) > 3 else ''}" if others else ""
             least, limit = self._least[group.name], self._limits[group.name]
             action = (
