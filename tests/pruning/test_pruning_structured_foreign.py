@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from lightning_compress.core.copies import tensors_in
 from lightning_compress.core.cost import count_macs
 from lightning_compress.core.isolation import call
 from lightning_compress.core.paths import named_layers
+from lightning_compress.pruning.structured.bound import Bound
 from lightning_compress.pruning.structured.groups import Zeroing, parameter_in
 
 
@@ -153,3 +155,24 @@ def test_weights_that_hooks_compute_are_kept_and_named() -> None:
     assert "computed by a hook" in found.left["0"]
     assert "computed by a hook" in found.left["2"]
     assert not found.groups
+
+
+def test_indices_that_multiply_are_followed_so_far_only() -> None:
+    """As in attention in windows, where each reshape of a picture takes an index to many."""
+    windows = SimpleNamespace(index_mapping=[None, lambda indices: indices * 64])
+    graph = SimpleNamespace(module2node={"reshape": SimpleNamespace(dependencies=[windows])})
+    limit = Bound(graph, nn.Linear(1000, 2))
+    windows.index_mapping[0] = lambda indices: indices[:300]  # the graph exchanges mappings when it needs them
+
+    def follow(indices: list[int]) -> list[int]:
+        for mapping in windows.index_mapping:
+            indices = mapping(indices) if mapping else indices
+        return indices
+
+    assert len(follow([7] * 200)) == 12_800
+    assert not limit.was_hit()
+    assert follow([7] * 400) == []
+    assert (limit.was_hit(), limit.was_hit()) == (True, False)
+    windows.index_mapping = [None, lambda indices: indices * 64]
+    Bound(graph, nn.Linear(2, 5000))  # a wider layer may have more of them
+    assert len(follow([7] * 300)) == 19_200

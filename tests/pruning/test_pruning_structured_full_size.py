@@ -47,6 +47,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "densenet121": (torchvision.models.densenet121, LARGER),
     "mobilenet_v2": (torchvision.models.mobilenet_v2, LARGER),
     "vit_b_16": (lambda: torchvision.models.vit_b_16(image_size=64), LARGER),
+    "swin_t": (torchvision.models.swin_t, torch.zeros(1, 3, 224, 224)),
     "lstm_text": (TextClassifier, torch.arange(40).reshape(2, 20)),
 }
 

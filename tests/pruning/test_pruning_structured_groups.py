@@ -157,7 +157,7 @@ def test_everything_that_stays_has_its_reason() -> None:
     assert "parameter 'scale'" in found.left["first"]
     assert "LayerNorm" in found.left["second"]
     assert found.left["head"] == "its outputs are the model's outputs"
-    assert "does not use it" in found.left["idle"]
+    assert "does not call it" in found.left["idle"]
     with pytest.raises(SelectionError, match="no channels of Awkward can be cut"):
         compress(Awkward(), StructuredPruning(0.5), example_inputs=torch.zeros(2, 4))
 

@@ -193,7 +193,7 @@ def head_groups(model: nn.Module, called: set[str]) -> tuple[list[ChannelGroup],
         path = clean_path(real)
         if not path or not isinstance(module, nn.MultiheadAttention | HeadAttention):
             continue
-        why = "the model does not use it when it runs on the example inputs" if path not in called else ""
+        why = "the model does not call it when it runs on the example inputs" if path not in called else ""
         why = why or _whole(module) or packed.get(id(module), "")
         if why:
             left[path] = why

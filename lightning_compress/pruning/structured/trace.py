@@ -14,6 +14,7 @@ from lightning_compress.core.copies import full_copy, tensors_in
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.isolation import call, same_randomness
 from lightning_compress.core.paths import clean_path, get_layer, named_layers
+from lightning_compress.pruning.structured.bound import Bound
 from lightning_compress.pruning.structured.build import GroupBuilder
 from lightning_compress.pruning.structured.groups import ChannelGroup, Coupling, halves_joined
 from lightning_compress.pruning.structured.heads import ATTENTION, head_groups
@@ -23,6 +24,8 @@ from lightning_compress.pruning.structured.roles import CUTTABLE, SELECTABLE
 from lightning_compress.pruning.structured.seams import Seams
 from lightning_compress.pruning.structured.stand_ins import put_stand_ins
 from lightning_compress.pruning.structured.trial import try_cuts
+
+_LOST = "its channels cannot be followed through the windows or reshapes that come after it"
 
 
 def coupled_groups(model: nn.Module, example_inputs: object, ignored: Mapping[str, str] | None = None) -> Coupling:
@@ -88,7 +91,7 @@ def _unseen(model: nn.Module, path: str) -> str:
     owner = get_layer(model, path.rpartition(".")[0])
     if isinstance(owner, ATTENTION):
         return "it belongs to attention, whose heads can go, but not the width of its outputs"
-    return "the model does not use it when it runs on the example inputs"
+    return "the model does not call it when it runs on the example inputs"
 
 
 class _Forward(nn.Module):
@@ -126,7 +129,8 @@ def _trace(model: nn.Module, example_inputs: object) -> tuple[list[tuple[Channel
                 graph.build_dependency(traced, example_inputs, forward_fn=lambda m, inputs: m(inputs), verbose=False)
                 if len(traced.phantoms):
                     _narrow_first(graph)
-            found = list(graph.get_all_groups(root_module_types=CUTTABLE))
+            bound = Bound(graph, copied)
+            found = [(group, bound.was_hit()) for group in graph.get_all_groups(root_module_types=CUTTABLE)]
         except Exception as error:  # the model's own code and a tracer run here
             raise ConfigurationError(
                 f"`example_inputs`: {type(model).__name__} could not be traced on them by Torch-Pruning "
@@ -134,8 +138,9 @@ def _trace(model: nn.Module, example_inputs: object) -> tuple[list[tuple[Channel
                 "the tracer does not know the model: use IterativePruning(granularity='filter'), which needs no trace"
             ) from error
         known = graph.is_out_channel_pruning_fn
-        built = [GroupBuilder(paths, group, known, originals).build() for group in found]
-        return [(group, problem) for group, problem in built if group.name], called, traced.seams > 0
+        built = [(*GroupBuilder(paths, group, known, originals).build(), lost) for group, lost in found]
+        named = [(group, problem or (_LOST if lost else "")) for group, problem, lost in built if group.name]
+        return named, called, traced.seams > 0
 
 
 def _narrow_first(graph: Any) -> None:
