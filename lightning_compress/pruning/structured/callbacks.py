@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.cost import count_macs, count_parameters
 from lightning_compress.core.errors import ConfigurationError, SelectionError, did_you_mean
+from lightning_compress.core.hooks import journal_of
 from lightning_compress.core.journal import Edit
 from lightning_compress.core.latency import LatencyGoal, as_goal
 from lightning_compress.core.paths import clean_path, get_layer, named_layers
@@ -24,7 +25,13 @@ from lightning_compress.core.schedule import Schedule
 from lightning_compress.core.select import Select, Selection
 from lightning_compress.pruning.structured.budget import Costs, costs_of
 from lightning_compress.pruning.structured.goal import check_reachable, resolve_goal
-from lightning_compress.pruning.structured.groups import ChannelGroup, Zeroing, parameter_in, slice_edits
+from lightning_compress.pruning.structured.groups import (
+    ChannelGroup,
+    Zeroing,
+    left_between,
+    parameter_in,
+    slice_edits,
+)
 from lightning_compress.pruning.structured.importance import has_scales
 from lightning_compress.pruning.structured.latency_search import LatencySearch
 from lightning_compress.pruning.structured.limits import Limit, Limits, as_limits
@@ -32,6 +39,9 @@ from lightning_compress.pruning.structured.ranking import Ranking, as_ranking
 from lightning_compress.pruning.structured.roles import SELECTABLE
 from lightning_compress.pruning.structured.trace import coupled_groups
 from lightning_compress.pruning.structured.widths import choose_widths, lowest
+
+ROOT = ""
+"""Path of the model itself, whose journal says what others have cut; selected beside the layers."""
 
 
 class StructuredPruning(CompressionCallback):
@@ -81,6 +91,7 @@ class StructuredPruning(CompressionCallback):
     """
 
     supported: ClassVar[tuple[type[nn.Module], ...]] = SELECTABLE
+    prunes_after_fit: ClassVar[bool] = True
     runs_after: ClassVar[tuple[type[Callback], ...]] = (WeightAveraging, StochasticWeightAveraging)
     conflicts_with: ClassVar[tuple[type[Callback], ...]] = (ModelPruning,)
     _searches_with: ClassVar[type[LatencySearch]] = LatencySearch
@@ -117,7 +128,7 @@ class StructuredPruning(CompressionCallback):
     def examine(self, root: nn.Module, example_inputs: Any) -> Selection:
         """Find the groups of the selected layers, what each channel costs, and how long the model takes."""
         selected = self.choose(root)
-        everything = {"": root, **named_layers(root)}
+        everything = {ROOT: root, **named_layers(root)}
         outside = {p: "not selected" for p, m in everything.items() if isinstance(m, SELECTABLE)}
         outside = {path: why for path, why in outside.items() if path not in selected.layers} | dict(selected.left)
         found = coupled_groups(root, example_inputs, outside)
@@ -134,7 +145,7 @@ class StructuredPruning(CompressionCallback):
         check_reachable(self._wanted, self._counted, self._least, left)
         if self._search is not None:
             self._search.look(root, example_inputs, groups, self._least)
-        return Selection({path: layer for path, layer in everything.items() if path in layers}, left)
+        return Selection({path: layer for path, layer in everything.items() if path in layers or path == ROOT}, left)
 
     def plan(self, layers: Layers) -> list[PlanRow]:
         """Return a row for each group: how wide it is, and the layers whose outputs it holds."""
@@ -196,7 +207,9 @@ class StructuredPruning(CompressionCallback):
     def finalize(self, layers: Layers) -> Iterable[Edit]:
         """Return the edits that cut the zeroed channels out; the first says what was measured, if anything was."""
         order = {path: index for index, path in enumerate(layers)}
-        edits = sorted(slice_edits(self._groups, self._cuts), key=lambda edit: order[edit.path])
+        found = journal_of(self.module if self.in_fit else layers[ROOT])
+        left = left_between(found, journal_of(layers[ROOT]))  # others may have cut the copy
+        edits = sorted(slice_edits(self._groups, self._cuts, left), key=lambda edit: order[edit.path])
         if self._search is not None and edits:
             first = edits[0]
             edits[0] = Edit(first.verb, first.path, first.kind, {**first.config, "measured": self._search.record()})

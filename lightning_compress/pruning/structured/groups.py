@@ -10,10 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.core.journal import Edit
-from lightning_compress.core.verbs import compact_ranges
+from lightning_compress.core.journal import Edit, Journal
+from lightning_compress.core.verbs import compact_ranges, expand_ranges
 
 Layers = Mapping[str, nn.Module]
+Place = tuple[str, str, int]
+"""Path of a layer, name of a tensor, and one of its dimensions."""
+HEADS = "heads"
+"""What the edits that rebuild attention call the heads that stay."""
 Cuts = Mapping[str, Sequence[int]]
 """Channels to remove, by the name of their group."""
 
@@ -159,12 +163,35 @@ def parameter_in(layers: Layers) -> Callable[[str, str], Tensor | None]:
     return find
 
 
-def slice_edits(groups: Iterable[ChannelGroup], cuts: Cuts) -> list[Edit]:
+def left_between(before: Journal, after: Journal) -> dict[Place, list[int]]:
+    """Return what the cuts in which two journals differ leave of each dimension, as indices at the first of them.
+
+    >>> cut = Edit("slice", "fc", config={"tensors": {"weight": {"0": [1, [3, 4]]}}})
+    >>> again = Edit("slice", "fc", config={"tensors": {"weight": {"0": [[1, 2]]}}})
+    >>> left_between(Journal(), Journal((cut, again)))
+    {('fc', 'weight', 0): [3, 4]}
+    """
+    left: dict[Place, list[int]] = {}
+    for edit in after.missing_from(before):
+        cuts = edit.config.get("tensors", {}) if edit.verb == "slice" else {}
+        if edit.verb == "replace" and HEADS in edit.config:
+            cuts = {HEADS: {"0": edit.config[HEADS]}}
+        for name, dims in cuts.items():
+            for dim, ranges in dims.items():
+                place, kept = (edit.path, name, int(dim)), expand_ranges(ranges)
+                left[place] = [left[place][index] for index in kept] if place in left else kept
+    return left
+
+
+def slice_edits(
+    groups: Iterable[ChannelGroup], cuts: Cuts, left: Mapping[Place, Sequence[int]] | None = None
+) -> list[Edit]:
     """Return the edits that remove channels: one per layer, fully resolved, so that a replay needs no tracing.
 
     Args:
         groups: The groups.
         cuts: Channels to remove, by group.
+        left: What others have left of the dimensions that they have cut since the groups were found.
 
     Returns:
         Edits in the order in which the groups reach the layers.
@@ -174,14 +201,16 @@ def slice_edits(groups: Iterable[ChannelGroup], cuts: Cuts) -> list[Edit]:
     >>> edit.config["tensors"]["weight"], edit.config["attributes"]
     ({'0': [0, 2]}, {'out_features': 2})
     """
-    removed: dict[tuple[str, str, int], tuple[int, set[int]]] = {}
+    left = {} if left is None else left
+    removed: dict[Place, tuple[int, set[int]]] = {}
     sizes: dict[tuple[str, str], int] = {}
     paths: dict[str, None] = {}
     edits = []
     for group in groups:
         if group.rebuilt is not None and cuts.get(group.name):
-            kept = sorted(set(range(group.channels)) - set(cuts[group.name]))
-            edits.append(Edit("replace", *group.rebuilt, {"heads": compact_ranges(kept)}))
+            whole, gone = left.get((group.rebuilt[0], HEADS, 0), range(group.channels)), cuts[group.name]
+            heads = compact_ranges([now for now, head in enumerate(whole) if head not in gone])
+            edits.append(Edit("replace", *group.rebuilt, {HEADS: heads}))
         for touch in group.touches:
             gone = touch.cut(cuts.get(group.name, ()))
             if not gone or group.rebuilt is not None:
@@ -189,14 +218,17 @@ def slice_edits(groups: Iterable[ChannelGroup], cuts: Cuts) -> list[Edit]:
             paths[touch.path] = None
             for name, dim in touch.tensors:
                 removed.setdefault((touch.path, name, dim), (touch.size, set()))[1].update(gone)
+            there = left.get((touch.path, *touch.tensors[0]), range(touch.size))
             for name, multiple in touch.attributes:
-                before = sizes.get((touch.path, name), touch.size * multiple)
-                sizes[touch.path, name] = before - len(gone) * multiple
+                before = sizes.get((touch.path, name), len(there) * multiple)
+                sizes[touch.path, name] = before - len({*gone}.intersection(there)) * multiple
     for path in paths:
         tensors: dict[str, dict[str, Any]] = {}
-        for (owner, name, dim), (size, gone_here) in removed.items():
-            if owner == path:
-                tensors.setdefault(name, {})[str(dim)] = compact_ranges([i for i in range(size) if i not in gone_here])
+        for place, (size, gone_here) in removed.items():
+            if place[0] == path:
+                there = left.get(place, range(size))
+                kept = compact_ranges([now for now, index in enumerate(there) if index not in gone_here])
+                tensors.setdefault(place[1], {})[str(place[2])] = kept
         attributes = {name: value for (owner, name), value in sizes.items() if owner == path}
         edits.append(Edit("slice", path, "", {"tensors": tensors, "attributes": attributes}))
     return edits
