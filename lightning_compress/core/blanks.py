@@ -40,6 +40,10 @@ class Blanks(ABC):
     """Callbacks that cannot be used on the same layers as this one."""
     comes_last: ClassVar[bool] = False
     """Whether no other method can edit what this one leaves."""
+    prunes_after_fit: ClassVar[bool] = False
+    """Whether :meth:`finalize` prunes or cuts layers, which must still be those that were trained."""
+    replaces_after_fit: bool = False
+    """Whether :meth:`finalize` puts other layers in the place of those that were trained, or quantizes them."""
 
     needs_example: ClassVar[bool] = True
     """Whether :meth:`examine` cannot do without one batch; else it may get ``None``."""

@@ -27,6 +27,8 @@ def check_pairs(method: Method, beside: Sequence[object], argument: str) -> None
     check_chain(beside, argument)
     mine = next(position for position, other in enumerate(beside) if other is method)
     _check_last(method, beside[mine + 1 :], argument, in_fit)
+    if in_fit:
+        _check_after_fit(method, beside[:mine])
     conflicts = method.conflicts_with + (method.conflicts_after_fit if in_fit else ())
     for position, other in enumerate(beside):
         if other is method:
@@ -79,4 +81,15 @@ def _check_last(method: Method, later: Sequence[object], argument: str, in_fit: 
             raise ConfigurationError(
                 f"`{argument}` has {type(other).__name__} behind {type(method).__name__}, which leaves nothing to it; "
                 f"put {type(method).__name__} last"
+            )
+
+
+def _check_after_fit(method: Method, earlier: Sequence[object]) -> None:
+    """Refuse a method that would prune, after a fit, layers that another one has replaced by then."""
+    for other in earlier if method.prunes_after_fit else ():
+        if isinstance(other, Method) and other.replaces_after_fit:
+            here, there = type(method).__name__, type(other).__name__
+            raise ConfigurationError(
+                f"`callbacks` has {here} behind {there}, which replaces or quantizes layers after fit that {here} "
+                f"found before it; put {here} before {there}, or compress one after the other without a Trainer"
             )

@@ -60,6 +60,7 @@ class NeuronMerging(CompressionCallback):
 
     link: ClassVar[str] = "prune"
     supported: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
+    prunes_after_fit: ClassVar[bool] = True
 
     def __init__(
         self,

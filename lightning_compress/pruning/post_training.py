@@ -52,6 +52,7 @@ class PostTrainingPruning(CompressionCallback):
     """
 
     link: ClassVar[str] = "prune"
+    prunes_after_fit: ClassVar[bool] = True
     supported: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, *CONVOLUTIONS)
     needs_example: ClassVar[bool] = False
 

@@ -17,7 +17,9 @@ from lightning_compress import (
     FixedPointTraining,
     IntegerConversion,
     IterativePruning,
+    LowRank,
     NeuronMerging,
+    OptimalBrainCompression,
     PostTrainingQuantization,
     Schedule,
     Select,
@@ -124,3 +126,16 @@ def test_channels_may_be_cut_twice_one_after_the_other_but_not_after_one_fit(oth
     assert made(X).isfinite().all()
     with pytest.raises(ConfigurationError, match="change the same weights"):
         in_trainer(*methods)
+
+
+@pytest.mark.parametrize("first", [lambda: LowRank(factors=2), lambda: PostTrainingQuantization(X)])
+@pytest.mark.parametrize(
+    "second", [lambda: StructuredPruning(0.25), lambda: NeuronMerging(0.25), lambda: OptimalBrainCompression(0.25, X)]
+)
+def test_what_is_replaced_after_a_fit_is_not_pruned_behind_it(
+    first: Callable[[], Any], second: Callable[[], Any]
+) -> None:
+    with pytest.raises(ConfigurationError, match=r"put (\w+) before (LowRank|PostTrainingQuantization), or compress"):
+        in_trainer(first(), second())
+    with pytest.raises(AssertionError, match="trained"):
+        in_trainer(second(), first())

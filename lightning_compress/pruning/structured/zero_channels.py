@@ -115,6 +115,7 @@ class ZeroChannelRemoval(CompressionCallback):
     """
 
     supported: ClassVar[tuple[type[nn.Module], ...]] = CUTTABLE
+    prunes_after_fit: ClassVar[bool] = True
 
     def __init__(self, select: Select | None = None, name: str | None = None) -> None:
         watched = _Watched(final=1.0, end="100%", every="5%", shape="linear")

@@ -88,6 +88,7 @@ class PostTrainingQuantization(CompressionCallback):
 
     supported: ClassVar[tuple[type[nn.Module], ...]] = tuple(CLASSES)
     needs_example: ClassVar[bool] = False
+    replaces_after_fit: bool = True
 
     def __init__(
         self,
