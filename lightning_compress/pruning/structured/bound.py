@@ -12,7 +12,7 @@ LEAST = 2**14
 
 
 class Bound:
-    """Cuts off the paths of a group along which its indices multiply far beyond the widest layer, and notes that it did.
+    """Cuts off the paths of a group along which its indices multiply far beyond the widest layer, and notes it.
 
     Args:
         graph: Torch-Pruning's dependency graph, built.
