@@ -57,6 +57,20 @@ class Shuffled(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Weighed(nn.Module):
+    """One channel weighs all others, in space and as attention over time; registered before what it weighs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.attend, self.head = nn.Conv1d(16, 1, 1), nn.Linear(24, 1), nn.Linear(24, 1)
+        self.first, self.second = nn.Conv1d(4, 16, 3), nn.Conv1d(16, 24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        x = self.second(x * torch.sigmoid(self.gate(x))).transpose(1, 2)
+        return self.head((self.attend(x).softmax(1) * x).sum(1))
+
+
 class Named(nn.Module):
     """Outputs by name and size, from one layer that runs twice, and inputs by keyword."""
 
@@ -74,6 +88,7 @@ IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 CASES: dict[str, tuple[Callable[[], nn.Module], Any, list[str]]] = {
     "gated": (Gated, torch.rand(2, 4, 20), ["first", "second"]),
     "shuffled": (Shuffled, IMAGES[..., :8, :8], ["unit.0"]),
+    "weighed": (Weighed, torch.rand(2, 4, 20), ["first", "second"]),
     "named": (Named, {"images": IMAGES[..., :12, :12], "scale": torch.tensor(2.0)}, ["first"]),
 }
 LARGE: dict[str, tuple[Callable[[], nn.Module], Any]] = {
@@ -144,6 +159,11 @@ def test_why_channels_behind_a_shuffle_stay_is_said() -> None:
     left = coupled_groups(Shuffled(), IMAGES[..., :8, :8]).left
     assert "shuffled or reshaped" in left["unit.5"]
     assert "shuffled" not in coupled_groups(Gated(), torch.rand(2, 4, 20)).left["head"]
+
+
+def test_layers_of_one_channel_are_named() -> None:
+    left = coupled_groups(Weighed(), torch.rand(2, 4, 20)).left
+    assert left == dict.fromkeys(("gate", "attend", "head"), "it has one output channel only")
 
 
 def test_weights_that_hooks_compute_are_kept_and_named() -> None:

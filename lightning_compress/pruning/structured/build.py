@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_compress.core.companions import companions_of
 from lightning_compress.pruning.structured.groups import ChannelGroup, Touch
-from lightning_compress.pruning.structured.roles import CUTTABLE, Role, roles_of
+from lightning_compress.pruning.structured.roles import CUTTABLE, ONE_CHANNEL, Role, is_single, roles_of
 
 
 class GroupBuilder:
@@ -52,7 +52,8 @@ class GroupBuilder:
             touch = Touch(path, tensors, tuple(positions), channels, role.size, role.attributes, produces)
             touches += [touch, *_beside(touch, self._layers[path])]
         if not self._problem and len(roots) < 2:
-            self._problem = "its channels are all tied to each other by a grouped convolution"
+            tied = "its channels are all tied to each other by a grouped convolution"
+            self._problem = tied if len(self._parent) > 1 else ONE_CHANNEL
         order = list(self._paths.values())
         makers = [*([] if root is None else [root]), *(touch.path for touch in touches if touch.produces)]
         return ChannelGroup(min(makers, key=order.index, default=""), len(roots), tuple(touches)), self._problem
@@ -73,6 +74,8 @@ class GroupBuilder:
             self._object(f"it is coupled to {path!r} ({type(module).__name__}): {roles}")
             roles = [Role((), 0)] if produces else []
         self._layers[path] = module
+        if produces and item is not self._items[0] and is_single(module):
+            return  # it is multiplied with, or added to, each of the channels
         for role in roles:
             self._place(path, role, produces, list(item.idxs), list(item.root_idxs))
 
@@ -88,7 +91,9 @@ class GroupBuilder:
             for copy in range(role.copies if role.size else 0):
                 index = position + copy * step
                 if index >= role.size:
-                    self._object(f"the indices found for {path!r} lie outside its {role.size} channels")
+                    self._object(
+                        f"it meets the {role.size} channels of {path!r} in another number, behind a mean or a reshape"
+                    )
                     return
                 self._join(channel, places.setdefault(index, channel))
 

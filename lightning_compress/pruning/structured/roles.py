@@ -29,6 +29,8 @@ PER_CHANNEL = (
 PASSING: tuple[type[nn.Module], ...] = (*PER_CHANNEL, nn.PReLU)
 """Layer types that treat every channel alone and hand it on."""
 
+ONE_CHANNEL = "it has one output channel only"
+
 _NORM = ("weight", "bias", "running_mean", "running_var")
 _CROSS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.LocalResponseNorm)
 
@@ -83,6 +85,15 @@ def roles_of(layer: nn.Module, output: bool) -> list[Role] | str:
     if isinstance(layer, nn.MultiheadAttention):
         return "attention: the width of its inputs and outputs is not cut"
     return "layers of this type are not cut"
+
+
+def is_single(layer: nn.Module) -> bool:
+    """Return whether a layer has one output channel, such as a gate in space or time, or the weights of a mean.
+
+    >>> is_single(nn.Conv2d(8, 1, 3)), is_single(nn.Linear(1, 8))
+    (True, False)
+    """
+    return 1 in (getattr(layer, "out_channels", 0), getattr(layer, "out_features", 0))
 
 
 def _present(layer: nn.Module, names: tuple[str, ...]) -> tuple[tuple[str, int], ...]:

@@ -20,7 +20,7 @@ from lightning_compress.pruning.structured.groups import ChannelGroup, Coupling,
 from lightning_compress.pruning.structured.heads import ATTENTION, head_groups
 from lightning_compress.pruning.structured.obstacles import Obstacles
 from lightning_compress.pruning.structured.phantoms import Phantoms, phantom_layers
-from lightning_compress.pruning.structured.roles import CUTTABLE, SELECTABLE
+from lightning_compress.pruning.structured.roles import CUTTABLE, ONE_CHANNEL, SELECTABLE, is_single
 from lightning_compress.pruning.structured.seams import Seams
 from lightning_compress.pruning.structured.stand_ins import put_stand_ins
 from lightning_compress.pruning.structured.trial import try_cuts
@@ -88,6 +88,8 @@ def _tried(
 
 
 def _unseen(model: nn.Module, path: str) -> str:
+    if is_single(get_layer(model, path)):
+        return ONE_CHANNEL
     owner = get_layer(model, path.rpartition(".")[0])
     if isinstance(owner, ATTENTION):
         return "it belongs to attention, whose heads can go, but not the width of its outputs"
@@ -127,8 +129,7 @@ def _trace(model: nn.Module, example_inputs: object) -> tuple[list[tuple[Channel
             with torch.compiler.set_stance("force_eager"):
                 traced = _Forward(copied, example_inputs)
                 graph.build_dependency(traced, example_inputs, forward_fn=lambda m, inputs: m(inputs), verbose=False)
-                if len(traced.phantoms):
-                    _narrow_first(graph)
+                _order_roots(graph, len(traced.phantoms) > 0)
             bound = Bound(graph, copied)
             found = [(group, bound.was_hit()) for group in graph.get_all_groups(root_module_types=CUTTABLE)]
         except Exception as error:  # the model's own code and a tracer run here
@@ -143,12 +144,16 @@ def _trace(model: nn.Module, example_inputs: object) -> tuple[list[tuple[Channel
         return named, called, traced.seams > 0
 
 
-def _narrow_first(graph: Any) -> None:
-    """Let groups start at narrow layers: a wide one would join the channels it is added to with padded ones."""
+def _order_roots(graph: Any, narrow_first: bool) -> None:
+    """Let no group start at a single channel that others are multiplied with.
+
+    With padded channels groups start at narrow layers: a wide one would join the channels it is added to with those.
+    """
     width = {
         module: graph.get_out_channels(module) or 0 for module in graph.module2node if isinstance(module, CUTTABLE)
     }
-    graph.module2node = dict(sorted(graph.module2node.items(), key=lambda item: width.get(item[0], 0)))
+    ranks = {module: (is_single(module), width.get(module, 0) * narrow_first) for module in graph.module2node}
+    graph.module2node = dict(sorted(graph.module2node.items(), key=lambda item: ranks[item[0]]))
 
 
 def _watch(model: nn.Module) -> set[str]:
