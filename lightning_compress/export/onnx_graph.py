@@ -10,6 +10,8 @@ from lightning_compress.export.extras import require
 
 MOVES = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Identity", "Expand")
 """Operators whose results are values of their first input."""
+BIASED = ("Gemm", "Conv", "ConvTranspose")
+"""Operators whose third input is a bias."""
 
 
 def finish(model: Any, int4: bool) -> None:
@@ -27,8 +29,8 @@ def finish(model: Any, int4: bool) -> None:
         if node.op_type in MOVES or adds_zeros(node):
             repeat_quantization(model.graph, node)
     for node in list(model.graph):
-        if node.op_type == "Gemm":
-            quantize_bias(model.graph, node)
+        if node.op_type in BIASED and has_quantized_bias(node):
+            settle_bias(model.graph, node)
     if int4:
         store_four_bits(model.graph)
     remove_unused(model.graph)
@@ -86,34 +88,85 @@ def repeat_quantization(graph: Any, node: Any) -> None:
         node_.replace_input_with(index, restore.outputs[0])
 
 
-def quantize_bias(graph: Any, gemm: Any) -> None:
-    """Write the bias of a quantized linear layer as int32 sums of products, without which onnxruntime computes floats.
+def has_quantized_bias(node: Any) -> bool:
+    """Return whether a linear or convolution layer has a bias that is known, and both its operands are quantized."""
+    producers = [value.producer() for value in node.inputs[:2]]
+    quantized = all(before is not None and before.op_type == "DequantizeLinear" for before in producers)
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    return quantized and bias is not None and bias.is_initializer() and producers[1].inputs[0].is_initializer()
 
-    Its scale is the product of those of the input and the weight, far finer than either; where few bits and few inputs
-    make it so coarse that outputs would move by more than a hundredth of their spread, the bias stays float.
+
+def settle_bias(graph: Any, node: Any) -> None:
+    """Add the bias of a quantized layer behind it, in float, where int32 would be too coarse; else make it int32.
+
+    As int32 it has the product of the scales of input and weight, far finer than either. Without onnxruntime computes a
+    linear layer in floats; to convolutions it gives int32 biases itself. That is too coarse where outputs would move by
+    more than a hundredth of their spread, and beside inputs of fewer than 8 bits: of a little that is lost the next
+    rounding to few bits makes whole steps.
     """
-    ir = require("onnx_ir", "onnx")
-    producers = [value.producer() for value in gemm.inputs[:2]]
-    bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
-    quantized = all(node is not None and node.op_type == "DequantizeLinear" for node in producers)
-    if not quantized or bias is None or not bias.is_initializer() or not producers[1].inputs[0].is_initializer():
+    if has_few_levels(node.inputs[0].producer()):
+        add_behind(graph, node)
         return
-    scales = [node.inputs[1].const_value.numpy() for node in producers]
+    if node.op_type != "Gemm":
+        return
+    ir = require("onnx_ir", "onnx")
+    bias, weight = node.inputs[2], node.inputs[1].producer()
+    scales = [value.producer().inputs[1].const_value.numpy() for value in node.inputs[:2]]
     scale = np.broadcast_to(scales[0] * scales[1], bias.shape.numpy()).astype(np.float32)
     sums = np.round(bias.const_value.numpy().astype(np.float64) / scale)
     moved = np.abs(bias.const_value.numpy().astype(np.float64) / scale - sums)
-    if np.abs(sums).max(initial=0) > np.iinfo(np.int32).max or (moved > _MOVED * _spread(gemm, producers[1])).any():
+    if np.abs(sums).max(initial=0) > np.iinfo(np.int32).max or (moved > _MOVED * _spread(node, weight)).any():
+        add_behind(graph, node)
         return
     arrays = {"int32": sums.astype(np.int32), "scale": scale, "zero_point": np.zeros(scale.shape, np.int32)}
-    made = [_initializer(graph, f"{bias.name}_{gemm.outputs[0].name}_{key}", array) for key, array in arrays.items()]
+    made = [_initializer(graph, f"{bias.name}_{node.outputs[0].name}_{key}", array) for key, array in arrays.items()]
     restore = ir.Node("", "DequantizeLinear", made, [ir.AttrInt64("axis", 0)])
     restore.outputs[0].dtype, restore.outputs[0].shape = bias.dtype, bias.shape
-    graph.insert_before(gemm, restore)
-    gemm.replace_input_with(2, restore.outputs[0])
+    graph.insert_before(node, restore)
+    node.replace_input_with(2, restore.outputs[0])
 
 
-_MOVED, _LEVELS = 0.01, 4.0
-"""Share of an output's spread that rounding its bias may move it by; spread of inputs of 4 bits, in levels."""
+def add_behind(graph: Any, node: Any) -> None:
+    """Add the bias of a layer in a node of its own, in float.
+
+    Within the layer onnxruntime would round it to int32 itself.
+    """
+    ir = require("onnx_ir", "onnx")
+    bias, product = node.inputs[2], node.outputs[0]
+    if node.op_type != "Gemm":
+        array = bias.const_value.numpy().reshape(-1, *[1] * (len(node.inputs[1].shape) - 2))
+        bias = _initializer(graph, f"{bias.name}_{product.name}_channels", array)
+    users = list(product.uses())
+    add = ir.Node("", "Add", [product, bias])
+    result = add.outputs[0]
+    result.dtype, result.shape = product.dtype, product.shape
+    graph.insert_after(node, add)
+    node.resize_inputs(2)
+    for user, index in users:
+        user.replace_input_with(index, result)
+    for index, output in enumerate(graph.outputs):
+        if output is product:
+            result.name, product.name = product.name, f"{product.name}_without_bias"
+            graph.outputs[index] = result
+
+
+def has_few_levels(restore: Any) -> bool:
+    """Return whether what a DequantizeLinear restores was clipped to fewer values than 8 bits have."""
+    node = restore
+    while node is not None and node.op_type in ("DequantizeLinear", "QuantizeLinear", *MOVES):
+        node = node.inputs[0].producer()
+    if node is None or node.op_type != "Clip" or len(node.inputs) < 3:
+        return False
+    bounds = [None if value is None else ir_constant(value) for value in node.inputs[1:3]]
+    scale = ir_constant(restore.inputs[1])
+    if scale is None or any(bound is None for bound in bounds):
+        return False
+    return bool((bounds[1] - bounds[0]) / scale.max() < _EIGHT_BITS)
+
+
+_MOVED, _LEVELS, _EIGHT_BITS = 0.01, 4.0, 250
+"""Share of an output's spread that rounding its bias may move it by; spread of inputs of 4 bits, in levels; steps that
+inputs of 8 bits have at least."""
 
 
 def _spread(gemm: Any, weight: Any) -> Any:

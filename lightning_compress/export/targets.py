@@ -61,8 +61,9 @@ def export(
 
     Quantization makes a file smaller everywhere, and a network faster where the runtime has integer kernels for what
     it is made of: convolutions and linear layers with activations quantized around them. 4-bit weights are for storage.
-    In ONNX the bias of a quantized linear layer is int32, in steps of input scale times weight scale; where that would
-    move outputs by about a hundredth of their spread (few bits and few inputs), it stays float.
+    In ONNX the bias of a quantized linear layer is int32, in steps of input scale times weight scale, and onnxruntime
+    makes that of convolutions such; beside inputs of fewer than 8 bits, or where that would move outputs of a linear
+    layer by about a hundredth of their spread, it is added behind the layer in float.
 
     Args:
         model: Any module, a LightningModule too; it is not changed.

@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from networks import Audio, Branching, Residual, Small, Words, calibrate, quantize, randomize
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 from lightning_compress import ConfigurationError, IterativePruning, PostTrainingQuantization, compress
@@ -95,6 +96,38 @@ def test_a_quantized_network_has_its_integers_on_disk(written) -> None:
     assert "BatchNormalization" not in kinds
     assert kinds.count("QuantizeLinear") == 7
     assert made.left == {}
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(),
+        nn.Linear(256, 256),
+    )  # fmt: skip
+
+
+def convolutional() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3), nn.ReLU(), nn.ConvTranspose2d(16, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize(
+    ("net", "shape"), [(perceptron, (64, 256)), (convolutional, (16, 1, 8, 8))], ids=["linear", "convolutional"]
+)
+def test_networks_of_few_bits_are_the_same_in_onnxruntime_and_by_the_definition_of_the_operators(
+    net: Any, shape: tuple[int, ...], bits: int, tmp_path
+) -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(shape), net().eval()
+    calibrate(quantize(model, bits, bits), x)
+    with torch.no_grad():
+        expected = model(x)
+    made = export(model, tmp_path / "net", example_inputs=x)
+    by_definition = ReferenceEvaluator(str(made.path)).run(None, {"input": x.numpy()})[0]
+    assert same(by_definition, expected, 1e-4)  # biases in steps of the products' scale: 0.07 to 0.1
+    assert same(run(made.path, x)[0], expected, 1e-4)
 
 
 @pytest.mark.parametrize(("bits", "kept"), [(4, True), (8, False)])
