@@ -157,11 +157,13 @@ def has_few_levels(restore: Any) -> bool:
         node = node.inputs[0].producer()
     if node is None or node.op_type != "Clip" or len(node.inputs) < 3:
         return False
-    bounds = [None if value is None else ir_constant(value) for value in node.inputs[1:3]]
-    scale = ir_constant(restore.inputs[1])
-    if scale is None or any(bound is None for bound in bounds):
+    known: list[Any] = [
+        None if value is None else ir_constant(value) for value in (*node.inputs[1:3], restore.inputs[1])
+    ]
+    if any(array is None for array in known):
         return False
-    return bool((bounds[1] - bounds[0]) / scale.max() < _EIGHT_BITS)
+    low, high, scale = (float(array.max()) for array in known)
+    return (high - low) / scale < _EIGHT_BITS
 
 
 _MOVED, _LEVELS, _EIGHT_BITS = 0.01, 4.0, 250

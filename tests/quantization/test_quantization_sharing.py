@@ -30,8 +30,11 @@ from lightning_compress import (
     load_compressed,
     save_compressed,
 )
+from lightning_compress.core.select import Selection
 from lightning_compress.data import DigitsDataModule
 from lightning_compress.quantization.sharing import EntropyConstrained, Fisher, KMeans
+from lightning_compress.quantization.sharing.held import HeldCodes
+from lightning_compress.quantization.sharing.members import Members, sum_by_code
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*WeightAveraging"),
@@ -360,6 +363,61 @@ def test_weights_frozen_between_two_fits_keep_their_values() -> None:
     assert torch.equal(model.first.weight, kept)
     assert not torch.equal(model.second.weight, other)
     assert clusters(model.second.weight) <= 4
+
+
+@pytest.mark.parametrize("how", ["sum", "mean"])
+def test_no_step_waits_for_a_value_of_an_accelerator(how: str) -> None:
+    layers = {str(i): nn.Linear(4, 3, bias=False, device="meta") for i in range(2)}  # whose values cannot be read
+    held = HeldCodes()
+    held.find(nn.ModuleDict(layers), Selection(layers, {}))
+    held.groups = dict.fromkeys(held.groups, "all")
+    held.sizes = {"all": 2}
+    codes = torch.tensor([0, 1, -1] * 4)
+    held.members = {
+        f"{i}.weight": Members.of(each).to(torch.device("meta")) for i, each in enumerate([codes, codes.abs()])
+    }
+    for layer in layers.values():
+        layer.weight.grad = torch.zeros_like(layer.weight)
+    held.share_gradients(layers, how)
+    with torch.no_grad():
+        held.tie(layers)
+    with pytest.raises(RuntimeError, match="meta"):
+        held.metrics()
+
+
+@pytest.mark.parametrize("copies", [1, 3, 64])
+def test_sums_by_code_are_those_of_bincount(copies: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 6, (1000,), generator=generator)
+    for terms in (torch.randint(-99, 99, (1000,), generator=generator), torch.randn(1000, generator=generator)):
+        sums = sum_by_code(codes, terms, 7, copies)
+        expected = torch.bincount(codes, weights=terms.double(), minlength=8)[1:]
+        assert torch.equal(sums, expected) if copies == 1 else torch.allclose(sums, expected, rtol=1e-14)
+        assert sums[5:].tolist() == [0.0, 0.0]
+
+
+def test_weights_that_something_else_has_pruned_never_come_back() -> None:
+    net = nn.Sequential(nn.Linear(4, 1, bias=False))
+    held = HeldCodes()
+    layers = held.find(net, Selection({"0": net[0]}, {})).layers
+    held.share(layers, {"0.weight": torch.tensor([0, 0, 1, 1])}, "0.weight", torch.tensor([2.0, 5.0]))
+    weight = net[0].weight
+    weight.data[0, 1] = 0  # by pruning
+    weight.grad = torch.tensor([[1.0, 2.0, 4.0, 8.0]])
+    held.share_gradients(layers)
+    assert weight.grad.tolist() == [[1.0, 0.0, 12.0, 12.0]]
+    weight.data += torch.tensor([[1.0, 3.0, 1.0, 1.0]])  # what momentum would do
+    held.tie(layers)
+    assert weight.tolist() == [[3.0, 0.0, 6.0, 6.0]]
+    assert held.counts()["0.weight"].tolist() == [1, 2]
+    assert held.state()["codes:0.weight"].tolist() == [1, 0, 2, 2]
+    state = {"0.weight": torch.tensor([[9.0, 9.0, 0.0, 7.0]])}  # averaged, and pruned in the average
+    held.tie_state(state)
+    assert state["0.weight"].tolist() == [[9.0, 0.0, 0.0, 7.0]]
+    assert held.counts()["0.weight"].tolist() == [1, 2]
+    weight.data.zero_()
+    held.tie(layers)
+    assert held.present(layers, "0.weight") is None
 
 
 def test_a_global_codebook_has_one_type() -> None:

@@ -96,7 +96,7 @@ class HeldCodes:
         self.sizes[group] = len(centroids)
         for key, given in codes.items():
             members = self.members[key] = Members.of(given.to(weights[key].device))
-            members.put(weights[key], centroids.to(weights[key])[members.codes])
+            members.put(weights[key], centroids.to(weights[key]))
 
     def present(self, layers: Layers, group: str) -> Tensor | None:
         """Return the shared values of a codebook as they are now, (k,), NaN for a cluster without weights.
@@ -104,12 +104,12 @@ class HeldCodes:
         ``None`` if nothing shares them yet.
         """
         pool = self._pools(layers).get(group)
-        if pool is None or not any(len(members.codes) for _, members in pool):
+        if pool is None or not any(bool(members.codes.any()) for _, members in pool):
             return None
-        table = torch.full((self.sizes[group],), torch.nan, dtype=torch.float64)
+        table = torch.full((self.sizes[group] + 1,), torch.nan, dtype=torch.float64)
         for weight, members in pool:
             table[members.codes.cpu()] = members.take(weight).cpu().double()
-        return table
+        return table[1:]
 
     def moved_by(self, layers: Layers, optimizer: Optimizer) -> Layers:
         """Return the layers whose weights an optimizer holds; one that holds their biases alone moves none of them."""
@@ -154,7 +154,7 @@ class HeldCodes:
         for pool, table in zip(pools.values(), sums, strict=True):
             for weight, members in pool:
                 if weight.grad is not None:
-                    members.put(weight.grad, table.to(weight.grad)[members.codes])
+                    members.put(weight.grad, table.to(weight.grad))
 
     def tie(self, layers: Layers) -> None:
         """Make the weights of each cluster equal, and pruned ones zero.
@@ -181,7 +181,7 @@ class HeldCodes:
         """Return how many weights each cluster has, by codebook."""
         found: dict[str, Tensor] = {}
         for key, members in self.members.items():
-            count = torch.bincount(members.codes, minlength=self.sizes[self.groups[key]]).cpu()
+            count = torch.bincount(members.codes.cpu(), minlength=self.sizes[self.groups[key]] + 1)[1:]
             found[self.groups[key]] = found.get(self.groups[key], 0) + count
         return found
 
@@ -244,7 +244,8 @@ class HeldCodes:
         pools: dict[str, list[tuple[nn.Parameter, Members]]] = {}
         for key, weight in self.weights(layers).items():
             if key in self.members:
-                members = self.members[key] = self.members[key].to(weight.device).alive(weight)
+                members = self.members[key] = self.members[key].to(weight.device)
+                members.drop(weight)
                 pools.setdefault(self.groups[key], []).append((weight, members))
         return pools
 
