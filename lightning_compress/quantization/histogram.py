@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,12 +14,57 @@ BINS = 8192
 """Bins of a histogram, half of them for negative values."""
 
 
-def histogram(x: Tensor, reach: float) -> Tensor:
-    """Return how many values of ``x`` lie in each of the :data:`BINS` bins over [-reach, reach]."""
-    return torch.histc(x.detach().float(), BINS, -reach, reach)
+def histogram(x: Tensor, exponent: int | Tensor) -> Tensor:
+    """Return how many values of ``x`` lie in each of the :data:`BINS` bins over [-R, R].
+
+    Args:
+        x: Any shape.
+        exponent: R is two to this power.
+    """
+    x = x.detach().float()
+    if isinstance(exponent, Tensor):
+        return torch.histc(x / power_of_two(exponent), BINS, -1, 1)
+    return torch.histc(x, BINS, -(2.0**exponent), 2.0**exponent)
 
 
-def rebin(counts: Tensor, doublings: int) -> Tensor:
+def widened(exponent: Tensor, peak: Tensor) -> tuple[int | Tensor, bool | Tensor]:
+    """Return the exponent of a range that holds ``peak`` too, and whether that is a magnitude that can be held.
+
+    Numbers on a processor; on an accelerator, whose values would have to be waited for, tensors.
+
+    Args:
+        exponent: The range is [-R, R] with R two to this power; a scalar, int64.
+        peak: A scalar.
+
+    >>> widened(torch.tensor(1), torch.tensor(4.0)), widened(torch.tensor(1), torch.tensor(4.1))
+    ((2, True), (3, True))
+    """
+    if peak.device.type == "cpu":
+        value, least = float(peak), int(exponent)
+        valid = value > 0 and math.isfinite(value)
+        mantissa, needed = math.frexp(value if valid else 0.0)
+        return max(needed - (mantissa == 0.5), least) if valid else least, valid
+    return widened_unseen(exponent, peak)
+
+
+def widened_unseen(exponent: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
+    """Do as :func:`widened` without knowing the peak."""
+    valid = (peak > 0) & torch.isfinite(peak)
+    mantissa, needed = torch.frexp(peak if peak.dtype == torch.float64 else peak.float())
+    needed = needed.long() - (mantissa == 0.5).long()
+    return torch.where(valid, torch.maximum(needed, exponent), exponent), valid
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """Return two to a power from -126 to 127, exact on every device.
+
+    >>> power_of_two(torch.tensor([-126, 0, 10])).tolist() == [2.0**-126, 1.0, 1024.0]
+    True
+    """
+    return (exponent.clamp(-126, 127) + 127).to(torch.int32).bitwise_left_shift(23).view(torch.float32)
+
+
+def rebin(counts: Tensor, doublings: int | Tensor) -> Tensor:
     """Return the histogram over a range that was doubled so many times: bins merge in pairs, outwards from zero.
 
     >>> counts = torch.zeros(BINS)
@@ -25,6 +72,8 @@ def rebin(counts: Tensor, doublings: int) -> Tensor:
     >>> rebin(counts, 1)[BINS // 2 : BINS // 2 + 3]
     tensor([0., 2., 0.])
     """
+    if isinstance(doublings, Tensor):
+        return rebin_unseen(counts, doublings)
     if doublings <= 0:
         return counts.clone()
     half = BINS // 2
@@ -34,6 +83,14 @@ def rebin(counts: Tensor, doublings: int) -> Tensor:
     wide[half : half + half // merged] = positive.reshape(-1, merged).sum(1)
     wide[half - half // merged : half] = negative.reshape(-1, merged).sum(1).flip(0)
     return wide
+
+
+def rebin_unseen(counts: Tensor, doublings: Tensor) -> Tensor:
+    """Do as :func:`rebin` without knowing how many doublings there are."""
+    half = BINS // 2
+    outwards = torch.arange(half, device=counts.device) >> doublings.clamp(0, half.bit_length() - 1)
+    places = torch.cat([half - 1 - outwards.flip(0), half + outwards])
+    return torch.zeros_like(counts).index_add_(0, places, counts)
 
 
 def centers(reach: float, like: Tensor) -> Tensor:

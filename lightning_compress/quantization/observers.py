@@ -12,7 +12,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, distributed, nn
 
-from lightning_compress.quantization.histogram import BINS, histogram, percentile_range, rebin, squared_error_range
+from lightning_compress.quantization.histogram import (
+    BINS,
+    histogram,
+    percentile_range,
+    rebin,
+    squared_error_range,
+    widened,
+)
 from lightning_compress.quantization.spec import FIXED, QuantizerSpec
 
 
@@ -100,7 +107,8 @@ class MagnitudeObserver(MovingAverage):
     def observe(self, x: Tensor) -> None:
         """Note extremes, and the sum of magnitudes."""
         super().observe(x)
-        self.seen_sum.add_(torch.stack([x.abs().sum(dtype=self.seen_sum.dtype), self.seen_sum.new_tensor(x.numel())]))
+        self.seen_sum[0] += x.abs().sum(dtype=self.seen_sum.dtype)
+        self.seen_sum[1] += x.numel()
 
     def take(self, extremes: Tensor) -> None:
         """Move range and magnitude by what all processes have seen."""
@@ -134,23 +142,23 @@ class HistogramObserver(Observer):
     def observe(self, x: Tensor) -> None:
         """Count the values of ``x``; a tensor that holds infinities or NaN is not counted."""
         super().observe(x)
-        peak = float(x.abs().amax()) if x.numel() else 0.0
-        if peak > 0 and math.isfinite(peak):
-            exponent = max(_exponent(peak), int(self.seen_exponent))
-            self.seen_counts.copy_(rebin(self.seen_counts, exponent - int(self.seen_exponent)))
-            self.seen_counts.add_(histogram(x, 2.0**exponent))
+        exponent, valid = widened(self.seen_exponent, x.abs().amax()) if x.numel() else (0, False)
+        if valid is not False:  # unknown on an accelerator
+            counts = histogram(x, exponent)
+            self.seen_counts.copy_(rebin(self.seen_counts, exponent - _known(self.seen_exponent)))
+            self.seen_counts.add_(counts.masked_fill_(~valid, 0) if isinstance(valid, Tensor) else counts)
             self.seen_exponent.fill_(exponent)
 
     def take(self, extremes: Tensor) -> None:
         """Add the step's counts of all processes to the histogram."""
         super().take(extremes)
-        peak = float(extremes.max())
-        if peak > 0 and math.isfinite(peak):
-            exponent = max(_exponent(peak), int(self.exponent))
-            seen = rebin(self.seen_counts, exponent - int(self.seen_exponent))
+        exponent, valid = widened(self.exponent, extremes.max())
+        if valid is not False:
+            seen = rebin(self.seen_counts, exponent - _known(self.seen_exponent))
             if _many():
                 distributed.all_reduce(seen)
-            self.counts.copy_(rebin(self.counts, exponent - int(self.exponent)).add_(seen))
+            seen = seen.masked_fill_(~valid, 0) if isinstance(valid, Tensor) else seen
+            self.counts.copy_(rebin(self.counts, exponent - _known(self.exponent)).add_(seen))
             self.exponent.fill_(exponent)
         self.seen_counts.zero_()
         self.seen_exponent.fill_(_EMPTY)
@@ -212,9 +220,9 @@ _OBSERVERS: dict[str, Callable[[QuantizerSpec], Observer]] = {
 }
 
 
-def _exponent(peak: float) -> int:
-    mantissa, exponent = math.frexp(peak)
-    return exponent - 1 if mantissa == 0.5 else exponent
+def _known(exponent: Tensor) -> int | Tensor:
+    """Return a number, unless an accelerator would have to be waited for."""
+    return int(exponent) if exponent.device.type == "cpu" else exponent
 
 
 def _many() -> bool:

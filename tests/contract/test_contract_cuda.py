@@ -9,9 +9,14 @@ import pytest
 import torch
 from contract_rows import ROWS, Row, Task
 from test_contract import fit, outputs, same
+from torch import nn
 
 import lightning_compress as lc
 from lightning_compress import journal_of
+from lightning_compress.core.select import Selection
+from lightning_compress.quantization import QuantizerSpec
+from lightning_compress.quantization.observers import build_observer, collect
+from lightning_compress.quantization.sharing.held import HeldCodes
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -66,3 +71,49 @@ def test_a_run_moves_from_the_gpu_to_the_processor_and_back(row: Row, tmp_path: 
     assert journal_of(on_gpu) == journal_of(on_processor)
     assert callback.updates == 16
     assert all(torch.isfinite(tensor).all() for tensor in on_gpu.state_dict().values() if tensor.is_floating_point())
+
+
+@pytest.fixture
+def impatient() -> Iterator[None]:
+    """Make it an error to wait for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def held_on_the_gpu() -> tuple[dict[str, nn.Linear], HeldCodes]:
+    layers = {"0": nn.Linear(8, 4, bias=False).cuda()}
+    held = HeldCodes()
+    held.find(nn.ModuleDict(layers), Selection(layers, {}))
+    held.share(layers, {"0.weight": torch.tensor([0, 1, 2, -1] * 8)}, "0.weight", torch.tensor([1.0, 2.0, 3.0]))
+    layers["0"].weight.grad = torch.ones(4, 8).cuda()
+    return layers, held
+
+
+def test_shared_weights_take_a_step_without_waiting(request: pytest.FixtureRequest) -> None:
+    layers, held = held_on_the_gpu()
+    weight = layers["0"].weight
+    request.getfixturevalue("impatient")
+    with torch.no_grad():
+        held.share_gradients(layers)
+        weight -= weight.grad
+        held.tie(layers)
+    torch.cuda.set_sync_debug_mode("default")
+    assert weight.tolist() == [[-7.0, -6.0, -5.0, 0.0] * 2] * 4
+
+
+@pytest.mark.parametrize("name", ["moving_average", "percentile", "mse", "lsq"])
+def test_observers_count_without_waiting_and_as_on_the_processor(name: str, request: pytest.FixtureRequest) -> None:
+    spec, x = QuantizerSpec(symmetric=True, range=name), torch.randn(3, 1000) * torch.tensor([[1.0], [9.0], [0.1]])
+    there, here = build_observer(spec).cuda(), build_observer(spec)
+    for observer, rows in ((here, x), (there, x.cuda())):
+        observer.observe(rows[0])
+        collect([observer])
+        if rows.is_cuda:
+            request.getfixturevalue("impatient")
+        for row in rows[1:]:
+            observer.observe(row)
+            collect([observer])
+    torch.cuda.set_sync_debug_mode("default")
+    for mine, theirs in zip(here.buffers(), there.buffers(), strict=True):
+        assert torch.allclose(mine, theirs.cpu())

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from lightning_compress.quantization import QuantizerSpec
-from lightning_compress.quantization.histogram import BINS, centers, histogram, rebin
+from lightning_compress.quantization.histogram import (
+    BINS,
+    centers,
+    histogram,
+    rebin,
+    rebin_unseen,
+    widened,
+    widened_unseen,
+)
 from lightning_compress.quantization.observers import build_observer, collect
 from lightning_compress.quantization.weight_ranges import weight_range
 
@@ -68,10 +76,36 @@ def test_least_squared_error_beats_the_full_range_and_matches_brute_force() -> N
 
 def test_histogram_widens_exactly() -> None:
     x = (torch.randint(-3000, 3000, (10000,)) + 0.5) * 16.0 / BINS  # the middle of bins, far from where floats round
-    assert torch.equal(rebin(histogram(x, 8.0), 2), histogram(x, 32.0))
-    assert torch.equal(rebin(histogram(x, 8.0), 0), histogram(x, 8.0))
-    assert rebin(histogram(x, 8.0), 40).nonzero().flatten().tolist() == [BINS // 2 - 1, BINS // 2]
+    assert torch.equal(rebin(histogram(x, 3), 2), histogram(x, 5))
+    assert torch.equal(rebin(histogram(x, 3), 0), histogram(x, 3))
+    assert rebin(histogram(x, 3), 40).nonzero().flatten().tolist() == [BINS // 2 - 1, BINS // 2]
     assert float(centers(8.0, x)[0]) == -8 + 8 / BINS
+
+
+@pytest.mark.parametrize("power", [-20, -1, 0, 3, 100])
+def test_an_accelerator_counts_the_same_without_knowing_the_range(power: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5000, generator=generator) * 2.0**power
+    for peak in (x.abs().amax(), torch.tensor(2.0**power), torch.tensor(float("inf")), torch.tensor(0.0)):
+        exponent, valid = widened_unseen(torch.tensor(-126), peak)
+        assert (int(exponent), bool(valid)) == widened(torch.tensor(-126), peak)
+    exponent, _ = widened_unseen(torch.tensor(-126), x.abs().amax())
+    assert 2.0 ** (int(exponent) - 1) < float(x.abs().max()) <= 2.0 ** int(exponent)
+    counts = histogram(x, int(exponent))
+    assert torch.equal(histogram(x, exponent), counts)
+    for doublings in (-3, 0, 1, 5, 12, 13, 200):
+        assert torch.equal(rebin_unseen(counts, torch.tensor(doublings)), rebin(counts, doublings))
+
+
+@pytest.mark.parametrize("name", ["minmax", "moving_average", "percentile", "mse", "lsq"])
+def test_no_step_waits_for_a_value_of_an_accelerator(name: str) -> None:
+    observer = build_observer(QuantizerSpec(symmetric=True, range=name)).to("meta")  # whose values cannot be read
+    observer.ready = True  # once it is, after the first step
+    for dtype in (torch.float32, torch.bfloat16):
+        observer.observe(torch.zeros(2, 3, dtype=dtype, device="meta"))
+    collect([observer])
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(observer.low > 0)
 
 
 def test_infinities_and_empty_batches_do_not_move_a_range() -> None:
