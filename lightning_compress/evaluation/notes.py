@@ -63,7 +63,7 @@ def zeros_keep_shapes(report: Mapping[str, Any]) -> str:
     if (total if before["nonzero_parameters"] is None else before["nonzero_parameters"]) - nonzero < 0.01 * total:
         return ""
     whole = f"{1 - nonzero / total:.1%} of all parameters"
-    selected = _selected_sparsity(report)
+    selected = _selected_sparsity(report, 1 - nonzero / total)
     share = whole if selected is None else f"{selected:.1%} of the selected weights ({whole})"
     return (
         f"{share} are zero, but every layer keeps its shape: dense kernels multiply zeros too, so MACs and latency "
@@ -186,11 +186,15 @@ def explain_export(export: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _selected_sparsity(report: Mapping[str, Any]) -> float | None:
-    for record in reversed(report["history"]):
-        if isinstance(record.get("sparsity"), int | float):
-            return float(record["sparsity"])
-    return None
+def _selected_sparsity(report: Mapping[str, Any], whole: float) -> float | None:
+    """Return the last sparsity of the selected weights, unless it was another model's: before the zeros came, or went.
+
+    Selected weights have at least the share of all, and some layer has nearly theirs; biases are rarely selected.
+    """
+    found = [record["sparsity"] for record in report["history"] if isinstance(record.get("sparsity"), int | float)]
+    counts = [(layer["parameters"][1], layer["nonzero"][1]) for layer in report["layers"]]
+    most = max((1 - nonzero / total for total, nonzero in counts if total and nonzero is not None), default=0.0)
+    return float(found[-1]) if found and whole <= found[-1] + 1e-3 and most >= 0.8 * found[-1] else None
 
 
 def _unknown(baseline: Measurement | None, compressed: Measurement) -> list[str]:

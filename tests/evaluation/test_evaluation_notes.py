@@ -15,6 +15,7 @@ def report(before=None, after=None, **top):
         "baseline": {**FIGURES, **(before or {})},
         "compressed": compressed,
         "history": [],
+        "layers": [],
         "speedup_rate": None,
         **top,
     }
@@ -27,10 +28,19 @@ def time(median, p10=None, p90=None, noisy=False):
 def test_zeros_with_unchanged_shapes():
     text = notes.zeros_keep_shapes(report(after={"nonzero_parameters": 200}))
     assert text.startswith("80.0% of all parameters are zero, but every layer keeps its shape")
-    selected = report(after={"nonzero_parameters": 200}, history=[{"sparsity": 0.5}, {"sparsity": 0.9}, {"loss": 1.0}])
+    layers = [{"parameters": [900, 900], "nonzero": [900, 100]}, {"parameters": [100, 100], "nonzero": [100, None]}]
+    history = [{"sparsity": 0.5}, {"sparsity": 0.9}, {"loss": 1.0}]
+    selected = report(after={"nonzero_parameters": 200}, history=history, layers=layers)
     assert notes.zeros_keep_shapes(selected).startswith(
         "90.0% of the selected weights (80.0% of all parameters) are zero"
     )
+
+
+@pytest.mark.parametrize(("sparsity", "kept"), [(0.0, 100), (0.9, 880)])
+def test_no_word_on_selected_weights_where_zeros_came_after_fit_or_grew_back(sparsity, kept):
+    layers = [{"parameters": [900, 900], "nonzero": [900, kept]}]
+    stale = report(after={"nonzero_parameters": kept + 100}, history=[{"sparsity": sparsity}], layers=layers)
+    assert notes.zeros_keep_shapes(stale).startswith(f"{1 - (kept + 100) / 1000:.1%} of all parameters are zero")
 
 
 @pytest.mark.parametrize(
