@@ -13,7 +13,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 import lightning_compress as lc
-from lightning_compress import ConfigurationError, Schedule, SelectionError, StructuredPruning, coupled_groups
+from lightning_compress import (
+    CompressionError,
+    ConfigurationError,
+    Schedule,
+    SelectionError,
+    StructuredPruning,
+    coupled_groups,
+)
 from lightning_compress.core.plan import PlanRow
 from lightning_compress.pruning.structured import ChannelRule, Limits, Ranking, channel_importance
 from lightning_compress.pruning.structured.importance import KINDS, channel_scores, lamp
@@ -116,6 +123,30 @@ def test_gradients_seen_in_fit_decide() -> None:
     taken = StructuredPruning(0.5, ranking="taylor")
     lc.compress(net, taken, example_inputs=torch.zeros(1, 2), inplace=True)
     assert taken._cuts["0"] == [1, 3]
+
+
+def test_gradients_of_a_step_that_is_skipped_are_not_seen_and_diverged_weights_are_named() -> None:
+    net = chain(2, 4, 2)
+    groups, layers = coupled_groups(net, torch.rand(2, 2)).groups, dict(net.named_modules())
+    net(torch.rand(8, 2)).sum().backward()
+    ranking, seen = Ranking("taylor"), {}
+    ranking.look(groups, layers, seen)
+    once = seen["0"].clone()
+    net[0].weight.grad[0, 0] = torch.inf
+    ranking.look(groups, layers, seen)
+    assert torch.equal(seen["0"], once)
+    net[2].weight.data[1, 2] = torch.nan
+    with pytest.raises(CompressionError, match="'l2' importance of the channels of '0' is NaN or infinite"):
+        lc.compress(net, StructuredPruning(0.5), example_inputs=torch.rand(2, 2))
+
+
+def test_small_weights_in_half_precision_are_told_apart() -> None:
+    net = chain(2, 3, 2).half()
+    net[0].weight.data = torch.tensor([[2.0], [3.0], [1.0]]).expand(3, 2).half() * 1e-5  # their squares are zero in it
+    net[2].weight.data.zero_()
+    group, layers = only_group(net.float())
+    net.half()
+    assert channel_scores(group, layers, "l2").argsort().tolist() == [2, 0, 1]
 
 
 def test_layers_that_the_loss_does_not_reach_go_first() -> None:

@@ -128,7 +128,8 @@ def _weight(touch: Touch, layers: Layers, kind: str) -> nn.Parameter | None:
 
 
 def _rows(weight: Tensor, dim: int) -> Tensor:
-    values = weight.detach()
+    """Return a row for each index along a dimension, in float32 at least: squares of half precision would vanish."""
+    values = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     return values.movedim(dim, 0).reshape(values.shape[dim], -1)
 
 
@@ -143,7 +144,7 @@ def _l2(weight: nn.Parameter, dim: int, name: str) -> Tensor:
 def _taylor(weight: nn.Parameter, dim: int, name: str) -> Tensor:
     if weight.grad is None:  # what the loss does not depend on
         return torch.zeros(weight.shape[dim], dtype=torch.float64)
-    return _rows(weight.detach() * weight.grad.detach(), dim).sum(1, dtype=torch.float64).cpu()
+    return (_rows(weight, dim) * _rows(weight.grad, dim)).sum(1, dtype=torch.float64).cpu()
 
 
 def _fpgm(weight: nn.Parameter, dim: int, name: str) -> Tensor:

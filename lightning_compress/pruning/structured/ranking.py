@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_compress.core.errors import ConfigurationError, did_you_mean
+from lightning_compress.core.errors import CompressionError, ConfigurationError, did_you_mean
 from lightning_compress.core.mapping import from_mapping
 from lightning_compress.pruning.structured.groups import ChannelGroup, Layers
 from lightning_compress.pruning.structured.importance import (
@@ -61,8 +61,17 @@ class Ranking:
             layers: Modules by path.
             seen: What :meth:`look` has added up; a group that is missing there had no gradients. If nothing was seen,
                 gradients must be there now.
+
+        Raises:
+            CompressionError: If a group has scores that are no finite numbers; names it.
         """
         raw = {group.name: self._raw(group, layers, seen) for group in groups}
+        for name, scores in raw.items():
+            if not bool(scores.isfinite().all()):
+                raise CompressionError(
+                    f"{self.importance!r} importance of the channels of {name!r} is NaN or infinite: training has "
+                    "probably diverged; lower the learning rate or clip gradients"
+                )
         compare = {"lamp": lamp, "global_raw": lambda scores: scores}.get(self.scope, by_mean)
         return {name: compare(scores) for name, scores in raw.items()}
 
@@ -70,10 +79,11 @@ class Ranking:
         """Add the scores of the gradients that are there now, if the importance needs gradients."""
         if self.importance != "taylor":
             return
-        for group in groups:
-            if has_gradients(group, layers):
-                scores = channel_scores(group, layers, "taylor")
-                seen[group.name] = seen[group.name] + scores if group.name in seen else scores
+        found = {g.name: channel_scores(g, layers, "taylor") for g in groups if has_gradients(g, layers)}
+        if not all(bool(scores.isfinite().all()) for scores in found.values()):
+            return  # the gradient scaler will skip that step
+        for name, scores in found.items():
+            seen[name] = seen[name] + scores if name in seen else scores
 
     def _raw(self, group: ChannelGroup, layers: Layers, seen: Mapping[str, Tensor]) -> Tensor:
         if not seen:
