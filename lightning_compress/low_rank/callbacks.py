@@ -14,7 +14,7 @@ from lightning_compress.core.calibration import check_batches
 from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.errors import ConfigurationError, SelectionError, did_you_mean
 from lightning_compress.core.examples import own_example
-from lightning_compress.core.first_look import check_first_batch
+from lightning_compress.core.first_look import check_first_batch, look_ahead
 from lightning_compress.core.journal import Edit
 from lightning_compress.core.latency import LatencyGoal
 from lightning_compress.core.paths import get_layer
@@ -136,10 +136,11 @@ class LowRank(CompressionCallback):
 
     def examine(self, root: nn.Module, example_inputs: Any) -> Selection:
         """Keep the example, and refuse goals that cannot be reached before the model trains for them."""
+        layers = {path: layer for path, layer in self.layers(root).items() if path != ROOT}
         if self.when == "after" and not self.at_once and self.batches is not None:
             check_first_batch(root, self.batches)
+            look_ahead(root, layers, self.batches, self.factors.samples)
         self._search.example = example_inputs
-        layers = {path: layer for path, layer in self.layers(root).items() if path != ROOT}
         if self.when == "after" and not self.at_once:
             self._search.check(root, layers, self._methods)
         return Selection({ROOT: root, **layers}, dict(self._left))

@@ -209,7 +209,7 @@ def as_pairs(samples: list[Any]) -> Any:
     return (x, y), targets
 
 
-@pytest.mark.parametrize("method", AFTER_FIT)
+@pytest.mark.parametrize("method", [*AFTER_FIT, "low rank"])
 def test_later_batches_that_are_not_finite_are_refused_before_training_where_they_can_be_read(method: str) -> None:
     loader, module = DataLoader(with_bad_rows(20), 8, collate_fn=as_pairs), Module()
     for data in (loader, list(loader)):
