@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.compress import compress
+from lightning_compress.core.cost import count_parameters
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.hooks import install_hooks
 from lightning_compress.core.inputs import example_in
@@ -30,6 +31,7 @@ from lightning_compress.run.callbacks import (
     give_baseline,
     newest_checkpoints,
     warn_about_the_idle,
+    warn_of_lost_zeros,
 )
 from lightning_compress.run.folder import RunFolder
 from lightning_compress.run.optimizer import own_optimizer
@@ -256,8 +258,11 @@ def _fit(
     last = folder.last_checkpoint(stage.name)
     trainer = build_trainer(settings, stage, folder, [ExactResume(), *callbacks.values(), carry_over])
     log.info("stage %s: %s", stage.name, f"goes on from {last.name}" if last else f"up to {trainer.max_epochs} epochs")
+    before = count_parameters(outcome.module)
     with own_optimizer(outcome.module, stage):
         trainer.fit(outcome.module, datamodule=data, ckpt_path=last, weights_only=True)
+    if outcome.history:
+        warn_of_lost_zeros(stage.key, before, count_parameters(outcome.module))
     outcome.carried |= carried_states(callbacks)
     for callback in callbacks.values():
         if isinstance(callback, CompressionCallback) and isinstance(callback.compressed, LightningModule):

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_compress.core.callback import CompressionCallback
+from lightning_compress.core.cost import ParameterCount
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.distillation.callbacks import Distillation
 from lightning_compress.distillation.teachers import BASELINE
@@ -49,6 +50,19 @@ class CarryOver(Callback):
                 "stages.%s.callbacks to keep them",
                 *(stage, name, stage),
             )
+
+
+def warn_of_lost_zeros(stage: str, before: ParameterCount, after: ParameterCount) -> None:
+    """Say that a stage lost most of the zeros that it began with, whatever had made them."""
+    if before.nonzero is None or after.nonzero is None or before.total != after.total:
+        return
+    zeros, left = (1 - nonzero / max(1, before.total) for nonzero in (before.nonzero, after.nonzero))
+    if zeros >= 0.01 and left < zeros / 2:
+        log.warning(
+            "stage %s: zeros fell from %.1f %% to %.1f %% of the parameters, as nothing held them; let the stage that "
+            "makes them be the last, or prune by a callback that both stages list",
+            *(stage, 100 * zeros, 100 * left),
+        )
 
 
 def carried_states(callbacks: Mapping[str, Callback]) -> dict[str, dict[str, Any]]:

@@ -59,6 +59,17 @@ def write(text: str, name: str) -> tuple[str, ...]:
     return "--config-dir=conf", f"recipes={name}", "hydra.run.dir=run"
 
 
+def test_zeros_that_a_later_stage_loses_are_told(run: Any) -> None:
+    stages = "  train: {}\n  cut: {apply: [prune]}\n  tune: {}\n"
+    text = SPARSE.replace("[set]", "[prune]", 1).replace(
+        "  train: {}\n  sparse: {fresh: true, callbacks: [set]}\n", stages
+    )
+    done = run(*write(text, "lost"), "hydra.job_logging.root.level=WARNING")
+    assert done.code == 0, done.err
+    assert "stage tune: zeros fell from 8" in done.out + done.err
+    assert "stage train: zeros fell" not in done.out + done.err
+
+
 def test_rounds_of_one_stage_prune_and_rewind(run: Any) -> None:
     done = run(*write(LOTTERY, "lottery"))
     assert done.code == 0, done.err
