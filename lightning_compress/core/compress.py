@@ -36,7 +36,7 @@ def compress(model: nn.Module, *methods: Method, example_inputs: Any = None, inp
 
     Raises:
         ConfigurationError: If no method is given, one is not a method, needs example inputs and has none, would
-            undo an earlier one, or cannot be used together with another one.
+            undo an earlier one, or cannot be used together with another one; if the model has no values yet.
 
     >>> import torch
     >>> from lightning_compress import IterativePruning, compress
@@ -51,6 +51,11 @@ def compress(model: nn.Module, *methods: Method, example_inputs: Any = None, inp
             raise ConfigurationError(
                 f"`methods` must be compression callbacks such as IterativePruning(0.9), got {method!r}"
             )
+    if missing := next((name for name, p in model.named_parameters() if p.is_meta), None):
+        raise ConfigurationError(
+            f"`model` has no values yet: {missing!r} is on the meta device; load its weights first, for example after "
+            "`model.to_empty(device='cpu')`"
+        )
     if not methods:
         raise ConfigurationError("`methods` is empty: give at least one, such as IterativePruning(0.9)")
     _check_together(model, [method for method in methods if isinstance(method, Known)])

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging,
 from torch import Tensor, distributed, nn
 
 from lightning_compress.core.callback import CompressionCallback
-from lightning_compress.core.errors import ConfigurationError, SelectionError, did_you_mean
+from lightning_compress.core.errors import CompressionError, ConfigurationError, SelectionError, did_you_mean
 from lightning_compress.core.paths import clean_path, get_layer, named_layers
 from lightning_compress.core.plan import PlanRow
 from lightning_compress.core.run import Layers
@@ -25,6 +25,7 @@ from lightning_compress.pruning.masks import kept, pack_mask, unpack_mask, zero_
 from lightning_compress.pruning.rules import Rule, as_rules, check_amounts
 from lightning_compress.pruning.scorer import Scorer
 from lightning_compress.pruning.scores import SCORES, check_score, find_score
+from lightning_compress.pruning.threshold import NotNumbers
 
 
 class IterativePruning(CompressionCallback):
@@ -253,6 +254,22 @@ class IterativePruning(CompressionCallback):
         self, layers: Layers, weights: Mapping[str, nn.Parameter]
     ) -> Callable[[Iterable[str], float, str], dict[str, Tensor]]:
         """Return what makes masks of some of the weights, at an amount and in a scope."""
+        choose = self._unnamed_chooser(layers, weights)
+
+        def named(keys: Iterable[str], amount: float, scope: str) -> dict[str, Tensor]:
+            keys = list(keys)
+            try:
+                return choose(keys, amount, scope)
+            except NotNumbers as error:
+                bad = [key for key in keys if bool(weights[key].isnan().any())]
+                where = f"weights of {bad[0]!r}" if bad else f"{self.score!r} scores of finite weights"
+                raise CompressionError(f"{where}: {error}") from error
+
+        return named
+
+    def _unnamed_chooser(
+        self, layers: Layers, weights: Mapping[str, nn.Parameter]
+    ) -> Callable[[Iterable[str], float, str], dict[str, Tensor]]:
         if (self.score, self.granularity) == ("magnitude", "element") and self.scope in ("global", "layer"):
             return lambda keys, amount, scope: choose_masks({k: weights[k] for k in keys}, amount, scope, self.floor)
         self._check_trains()

@@ -21,6 +21,10 @@ _DIVERGED = (
 )
 
 
+class NotNumbers(CompressionError):
+    """What should be ranked holds NaN."""
+
+
 @dataclass(frozen=True)
 class Threshold:
     """A cut in a sorted order.
@@ -115,7 +119,7 @@ def _count(arrays: list[NDArray[np.float32]], low: float, high: float, absolute:
     for array in arrays:
         for piece in chunks(array, absolute):
             if math.isnan(np.minimum.reduce(piece)):  # NaN propagates
-                raise CompressionError(_DIVERGED)
+                raise NotNumbers(_DIVERGED)
             above = piece > low
             outside = piece.size - int(np.count_nonzero(above))
             equal = int(np.count_nonzero(piece == low))
@@ -147,7 +151,7 @@ def _kth_on_device(values: Sequence[Tensor], k: int, absolute: bool) -> Threshol
     flat = torch.cat([storage_order(value.detach()).to(device).float() for value in values])
     flat = flat.abs() if absolute else flat
     if bool(flat.isnan().any()):
-        raise CompressionError(_DIVERGED)
+        raise NotNumbers(_DIVERGED)
     value = flat.kthvalue(k).values
     ties = k - int((flat < value).sum())
     return Threshold(float(value), ties, ties < int((flat == value).sum()))

@@ -14,7 +14,7 @@ from torchvision.models.densenet import DenseNet
 
 from lightning_compress.core.checkpoint import load_compressed, save_compressed
 from lightning_compress.core.compress import compress
-from lightning_compress.core.errors import ConfigurationError, SelectionError
+from lightning_compress.core.errors import CompressionError, ConfigurationError, SelectionError
 from lightning_compress.core.select import Select
 from lightning_compress.pruning.callbacks import IterativePruning
 
@@ -183,3 +183,18 @@ def test_nothing_to_prune_and_an_amount_of_zero() -> None:
 def test_wrong_arguments(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         compress(*arguments)
+
+
+@pytest.mark.parametrize("options", [{}, {"scope": "layer"}, {"granularity": "row"}, {"scope": "lamp"}])
+def test_the_layer_whose_weights_are_no_numbers_is_named(options: dict[str, Any]) -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    nn.init.constant_(net[1].weight[0, :1], float("nan"))
+    with pytest.raises(CompressionError, match=r"weights of '1.weight': .*NaN.*diverged"):
+        compress(net, IterativePruning(0.5, Select(), **options))
+
+
+def test_a_model_without_values_is_refused() -> None:
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    with pytest.raises(ConfigurationError, match=r"`model` has no values yet: '0.weight' is on the meta device"):
+        compress(net, IterativePruning(0.5))
