@@ -19,7 +19,7 @@ from lightning_compress.core.schedule import Schedule
 from lightning_compress.core.select import Select, Selection
 from lightning_compress.core.targets import PRUNABLE, Target, find_targets
 from lightning_compress.pruning.allocation import SCOPES, allocate, choose_masks
-from lightning_compress.pruning.fitting import fit_targets, rank_groups
+from lightning_compress.pruning.fitting import fit_targets, most_pruned, rank_groups
 from lightning_compress.pruning.granularity import Layout, expand_mask, layout_of, parse_granularity
 from lightning_compress.pruning.masks import kept, pack_mask, unpack_mask, zero_weights
 from lightning_compress.pruning.rules import Rule, as_rules, check_amounts
@@ -150,6 +150,8 @@ class IterativePruning(CompressionCallback):
             amount = self.rules[rule].amount if rule else self.schedule.final
             action = f"prune to {amount:g}" + ("" if rule or self.scope == "layer" else f" of all ({self.scope})")
             action += f", by {self.score}" + ("" if self.granularity == "element" else f", {self.granularity}")
+            most = most_pruned(weight, self._groups, layout_of(layers[target.layer]), self.floor)
+            action += f", here {most:g} at most, as some have to stay" if amount > most + 1e-6 else ""
             action = "kept: the rule's amount is 0" if amount == 0 else action
             action += f", tied with {', '.join(target.tied)}" if target.tied else ""
             action = action if weight.requires_grad else f"kept while frozen, then {action}"

@@ -116,6 +116,20 @@ def rank_groups(
     return Ranked(score, tuple(weight.shape), least)
 
 
+def most_pruned(weight: Tensor, granularity: Granularity, layout: Layout, floor: float) -> float:
+    """Return the largest share of a weight that can go in whole groups, where some have to stay; 1 for single weights.
+
+    >>> weight = torch.zeros(8, 3, 3, 3)
+    >>> most_pruned(weight, Granularity("filter"), layout_of(nn.Conv2d(3, 8, 3)), floor=0.01)
+    0.875
+    """
+    if granularity.single:
+        return 1.0
+    groups = max(1, _groups(weight, granularity, layout))
+    size = weight.numel() / groups
+    return 1 - math.ceil(round(least_kept(weight.numel(), floor) / size, 6)) / groups
+
+
 def _groups(weight: Tensor, granularity: Granularity, layout: Layout) -> int:
     if misfit(weight.shape, granularity, layout) is not None:
         return 0

@@ -216,3 +216,15 @@ def test_units_of_a_pattern_are_inputs_of_one_output() -> None:
     weight = torch.arange(32.0).reshape(2, 4, 2, 2)
     assert to_units(weight, Layout(1, False, 2))[0, 0, :, 0].tolist() == [0.0, 4.0, 8.0, 12.0]
     assert parse_granularity("2:4").single
+
+
+def test_the_plan_says_where_groups_are_too_few_for_an_amount() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 200, 3))
+    callback = IterativePruning(0.99, Select(), granularity="filter", scope="layer")
+    pruned = compress(net, callback)
+    actions = [row.action for row in callback.plan(callback.layers(pruned))]
+    assert "here 0.875 at most" in actions[0]
+    assert "at most" not in actions[1]
+    assert [float((layer.weight == 0).double().mean()) for layer in pruned] == [0.875, 0.99]
+    element = IterativePruning(0.99, Select())
+    assert all("at most" not in row.action for row in element.plan(element.layers(compress(net, element))))
