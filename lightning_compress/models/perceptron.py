@@ -42,7 +42,7 @@ class Perceptron(nn.Module):
         super().__init__()
         if not hidden or min(inputs, num_classes, *hidden) < 1:
             raise ConfigurationError(f"`hidden` must be at least one number of units, got {list(hidden)}")
-        if not 0 <= dropout < 1:
+        if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise ConfigurationError(f"`dropout` must be at least 0 and below 1, got {dropout!r}")
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.Sequential()

@@ -53,7 +53,7 @@ def test_perceptron_drops_inputs_in_training_only_and_keeps_its_keys():
     assert torch.equal(seen[0], torch.ones(1, 1000))
     assert 0.2 < (seen[1] == 0).float().mean() < 0.3
     assert net.state_dict().keys() == models.Perceptron(1000, [2]).state_dict().keys()
-    for share in (-0.1, 1):
+    for share in (-0.1, 1, "0.2"):
         with pytest.raises(ConfigurationError, match="`dropout`"):
             models.Perceptron(dropout=share)
 
