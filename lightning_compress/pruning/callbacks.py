@@ -164,11 +164,16 @@ class IterativePruning(CompressionCallback):
         rules = {t.key: self.rules.get(self._rule_of.get(t.layer, "")) for t in self._targets if t.key in weights}
         choose = self._chooser(layers, weights)
         pool = [key for key, rule in rules.items() if rule is None]
-        self._masks.update(choose(pool, amount, self.scope) if pool else {})
         share = min(1.0, amount / self.schedule.final) if self.schedule.final else 0.0
-        for key, rule in rules.items():
-            if rule is not None and rule.amount > 0:
-                self._masks.update(choose([key], rule.amount * share, "layer"))
+        try:
+            self._masks.update(choose(pool, amount, self.scope) if pool else {})
+            for key, rule in rules.items():
+                if rule is not None and rule.amount > 0:
+                    self._masks.update(choose([key], rule.amount * share, "layer"))
+        except NotNumbers as error:
+            bad = [key for key, weight in weights.items() if bool(weight.isnan().any())]
+            where = f"weights of {bad[0]!r}" if bad else f"{self.score!r} scores of finite weights"
+            raise CompressionError(f"{where}: {error}") from error
         self._scorer.updated()
         self.enforce(layers)
 
@@ -256,22 +261,6 @@ class IterativePruning(CompressionCallback):
         self, layers: Layers, weights: Mapping[str, nn.Parameter]
     ) -> Callable[[Iterable[str], float, str], dict[str, Tensor]]:
         """Return what makes masks of some of the weights, at an amount and in a scope."""
-        choose = self._unnamed_chooser(layers, weights)
-
-        def named(keys: Iterable[str], amount: float, scope: str) -> dict[str, Tensor]:
-            keys = list(keys)
-            try:
-                return choose(keys, amount, scope)
-            except NotNumbers as error:
-                bad = [key for key in keys if bool(weights[key].isnan().any())]
-                where = f"weights of {bad[0]!r}" if bad else f"{self.score!r} scores of finite weights"
-                raise CompressionError(f"{where}: {error}") from error
-
-        return named
-
-    def _unnamed_chooser(
-        self, layers: Layers, weights: Mapping[str, nn.Parameter]
-    ) -> Callable[[Iterable[str], float, str], dict[str, Tensor]]:
         if (self.score, self.granularity) == ("magnitude", "element") and self.scope in ("global", "layer"):
             return lambda keys, amount, scope: choose_masks({k: weights[k] for k in keys}, amount, scope, self.floor)
         self._check_trains()

@@ -313,7 +313,9 @@ def _distilled(net: str) -> tuple[str, Callable[[Task], LightningModule], Callab
 
 
 def _beside_distillation(net: str) -> tuple[str, Callable[[Task], LightningModule], Callable[[], list[Callback]]]:
-    beside = lambda: [Distillation(**_under(net, "net.stem", "net.grouped"))]  # noqa: E731
+    def beside() -> list[Callback]:
+        return [Distillation(**_under(net, "net.stem", "net.grouped"))]
+
     return "beside_distillation", lambda task: task, beside
 
 
@@ -342,20 +344,24 @@ _CONV3D = Select(types=("Conv3d",))
 _FACTORED = tuple(("replace", f"net.{name}") for name in ("stem", "grouped", "head"))
 _BEGUN = (("stem", "spatial_svd", 3), ("grouped", "svd", 4), ("head", "svd", 3))
 """Layers of ``Mixed``, the method of their first factors, and the rank."""
-_NOTHING = lambda: IterativePruning(0.5, Select(types=("Conv3d",)))  # noqa: E731
+
+
+def _nothing() -> CompressionCallback:
+    return IterativePruning(0.5, Select(types=("Conv3d",)))
+
 
 ROWS = (
-    Row("pruning_global", _pruning(), "Mixed", "compress/sparsity", nothing=_NOTHING),
+    Row("pruning_global", _pruning(), "Mixed", "compress/sparsity", nothing=_nothing),
     Row(
         "pruning_layer_rules",
         _pruning(scope="layer", rules={"stem": Rule("net.stem", 0.3), "head": Rule("net.head", 0.5)}),
         "Mixed",
         "compress/sparsity",
-        nothing=_NOTHING,
+        nothing=_nothing,
     ),
-    Row("pruning_sequences", _pruning(), "Sequences", "compress/sparsity", nothing=_NOTHING),
+    Row("pruning_sequences", _pruning(), "Sequences", "compress/sparsity", nothing=_nothing),
     *(
-        Row(f"pruning_{name}", _pruning(**arguments), net, "compress/sparsity", nothing=_NOTHING)
+        Row(f"pruning_{name}", _pruning(**arguments), net, "compress/sparsity", nothing=_nothing)
         for name, net, arguments in (
             ("gradient_filter", "Mixed", {"score": "gradient", "granularity": "filter", "every": 4}),
             ("wanda", "Mixed", {"score": "wanda", "scope": "layer", "every": 4}),
@@ -631,7 +637,7 @@ ROWS = (
         _pruning(),
         "Mixed",
         "compress/sparsity",
-        nothing=_NOTHING,
+        nothing=_nothing,
         wrap=lambda task: DistillationModule(task, **_under("Mixed", "net.stem", "net.grouped")),
     ),
     Row(
@@ -639,7 +645,7 @@ ROWS = (
         _pruning(every=4, score="gradient"),
         "Sequences",
         "compress/sparsity",
-        nothing=_NOTHING,
+        nothing=_nothing,
         beside=lambda: [Distillation(**_under("Sequences", "net.conv", "net.recur"))],
     ),
     Row(

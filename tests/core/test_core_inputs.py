@@ -179,7 +179,9 @@ def test_looking_at_the_data_changes_nothing_of_a_run() -> None:
             random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002 - data sets of users do
             return super().__getitem__(index)
 
-    states = lambda: (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist())  # noqa: E731, NPY002
+    def states() -> tuple[Any, ...]:
+        return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()  # noqa: NPY002 - as above
+
     model, before = nn.Linear(4, 2), states()
     look_ahead(model, {}, DataLoader(Drawing(X, TARGETS), 4), 16)
     check_first_batch(model, DataLoader(Drawing(X, TARGETS), 4, shuffle=True))

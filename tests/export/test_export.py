@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lightning_compress import ConfigurationError, IterativePruning, PostTrainingQuantization, compress
 from lightning_compress.export import Exported, ExportError, export, onnx_program, verification
 from lightning_compress.export.preparation import outputs_of, prepare
+from lightning_compress.export.projections import move_projections
 from lightning_compress.export.verification import rounding_noise
 from lightning_compress.models.resnet import CifarResNet
 from lightning_compress.quantization import convert
@@ -328,6 +329,20 @@ def test_integer_weights_of_recurrent_layers_with_projections_stay_integers_in_o
     with torch.no_grad():
         expected = model(x)
     assert all(same(mine, theirs, 1e-5) for mine, theirs in zip(run(made.path, x), expected, strict=True))
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_projections_moved_ahead_compute_the_same(quantized: bool) -> None:
+    """What the way to OpenVINO begins with, where OpenVINO is not installed too."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 5, 6)
+    model = Projected(batch_first=True, bidirectional=True, num_layers=2).eval()
+    model = compress(model, PostTrainingQuantization(x, ends=None)) if quantized else model
+    with torch.no_grad():
+        expected = model(x)
+        assert move_projections(model, ahead=True) == ["lstm"]
+        assert all(torch.allclose(mine, theirs, atol=1e-6) for mine, theirs in zip(model(x), expected, strict=True))
+    assert move_projections(model) == []
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
