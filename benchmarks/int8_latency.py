@@ -4,8 +4,9 @@ ResNet-18 and MobileNetV2 at 224 x 224, batch 1, one thread, random weights and 
 them). onnxruntime and OpenVINO run the same exported file; ``quantize_static`` of onnxruntime and NNCF get the float
 file of the same network. OpenVINO computes in float32 where it is not integers, and gets each network with its batch
 fixed to 1, as its guide advises. All are timed in turns in one process; each runtime is compared with itself only.
-A network runs three times in its turn and the last counts, as where one network serves request after request; rows
-"between others" have single calls, which find the caches full of the other five networks' weights.
+A network runs nine times in its turn and the last counts, as where one network serves request after request: times
+fall for about eight calls. Rows "between others" have single calls, which find the caches full of the other five
+networks' weights.
 
     python -m benchmarks.int8_latency [--quick]
 """
@@ -129,7 +130,7 @@ def rows_of(name: str, steps: int, rounds: int) -> list[Row]:
         for _ in range(10):
             for call in calls.values():
                 call()
-        in_a_row, between = (time_calls(calls, rounds, before=before) for before in (2, 0))
+        in_a_row, between = (time_calls(calls, rounds, before=before) for before in (8, 0))
     rows = [*compared(name, in_a_row, GOALS[name]), *compared(f"{name} between others", between, (None, None))]
     rows.append(Row(f"{name}, file", sizes["int8"], "bytes", "float32 file", sizes["float32"] / sizes["int8"]))
     return rows
