@@ -23,6 +23,9 @@ def finish(model: Any, int4: bool) -> None:
     """
     register_lost(model.graph)
     for node in list(model.graph):
+        if averages_all(node):
+            pool(model.graph, node)
+    for node in list(model.graph):
         node.metadata_props.clear()  # stack traces, which can take more room than weights
         for value in node.outputs:
             value.metadata_props.clear()
@@ -48,6 +51,53 @@ def register_lost(graph: Any) -> None:
                 while value.name in graph.initializers:
                     value.name += "_"
                 graph.register_initializer(value)
+
+
+def averages_all(node: Any) -> bool:
+    """Return whether a node takes the mean over all positions of each channel, of quantized values (N, C, ...)."""
+    if node.op_type != "ReduceMean" or len(node.inputs) < 2 or node.inputs[1] is None:
+        return False
+    before, shape, axes = node.inputs[0].producer(), node.inputs[0].shape, ir_constant(node.inputs[1])
+    if before is None or before.op_type != "DequantizeLinear" or shape is None or axes is None:
+        return False
+    rank = len(shape)
+    return rank > 2 and sorted(int(axis) % rank for axis in axes.reshape(-1)) == list(range(2, rank))
+
+
+def pool(graph: Any, node: Any) -> None:
+    """Make a mean over all positions a GlobalAveragePool: runtimes compute that in integers, and a mean in floats."""
+    keeps = node.attributes.get("keepdims")
+    if keeps is not None and not keeps.as_int() and not drop_later(graph, node):
+        return
+    node.op_type = "GlobalAveragePool"
+    node.attributes.clear()
+    node.resize_inputs(1)
+
+
+def drop_later(graph: Any, mean: Any) -> bool:
+    """Drop the positions of a mean in a node of its own, behind its quantizer, which must follow the mean itself.
+
+    Returns:
+        Whether that is done; not where it would be the network's output.
+    """
+    ir = require("onnx_ir", "onnx")
+    values = [mean.outputs[0]]
+    for op_type in ("QuantizeLinear", "DequantizeLinear"):
+        users = [user.node for user in values[-1].uses()]
+        values += [user.outputs[0] for user in users if len(users) == 1 and user.op_type == op_type]
+    values = values if len(values) == 3 else values[:1]
+    last, axes = values[-1], np.arange(2, len(mean.inputs[0].shape), dtype=np.int64)
+    if last.is_graph_output():
+        return False
+    users = list(last.uses())
+    squeeze = ir.Node("", "Squeeze", [last, _initializer(graph, f"{last.name}_positions", axes)])
+    squeeze.outputs[0].dtype, squeeze.outputs[0].shape = last.dtype, last.shape
+    for user, index in users:
+        user.replace_input_with(index, squeeze.outputs[0])
+    graph.insert_after(last.producer(), squeeze)
+    for value in values:
+        value.shape = ir.Shape([*squeeze.outputs[0].shape, *[1] * axes.size])
+    return True
 
 
 def adds_zeros(node: Any) -> bool:

@@ -178,6 +178,44 @@ def test_shortcuts_that_subsample_and_pad_are_fused_too(tmp_path) -> None:
     assert not {"Conv", "Add", "Gemm", "MatMul"} & set(kinds)
 
 
+class Averaged(nn.Module):
+    """A convolution whose outputs are averaged over some of their dimensions, and a Linear layer."""
+
+    def __init__(self, dims: int, over: tuple[int, ...], keep: bool) -> None:
+        super().__init__()
+        self.block = nn.Sequential((nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](1, 4, 3, padding=1), nn.ReLU())
+        self.over, self.keep = over, keep
+        self.head = nn.Linear(4 if 1 not in over else 6 ** (dims - 1), 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(x).mean(self.over, keepdim=self.keep).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("dims", "over", "keep", "pooled"),
+    [
+        (1, (-1,), False, True),
+        (2, (3, 2), False, True),
+        (2, (-1, -2), True, True),
+        (3, (2, 3, 4), False, True),
+        (2, (1, 3), False, False),
+    ],
+)
+def test_means_over_all_positions_are_pools_of_integers(
+    dims: int, over: tuple[int, ...], keep: bool, pooled: bool, tmp_path
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 1, *[6] * dims)
+    model = calibrate(quantize(randomize(Averaged(dims, over, keep)).eval()), x)
+    path = export(model, tmp_path / "net", example_inputs=x[:2]).path
+    kinds = fused(path, tmp_path)
+    assert kinds.count("QLinearGlobalAveragePool") == pooled
+    assert kinds.count("ReduceMean") == (not pooled)
+    assert kinds.count("QGemm") == 1
+    with torch.no_grad():
+        assert same(run(path, x)[0], model(x))
+
+
 @pytest.mark.parametrize("bits", [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_few_bits(bits: int, tmp_path) -> None:
     model = quantized(bits, 4)  # activations of four bits are clipped
