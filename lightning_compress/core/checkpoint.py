@@ -314,9 +314,24 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _cast(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give tensors of another type the file's type, in place: parameters keep their identity, ties stay."""
+    """Give tensors of another type the file's type, in place: parameters keep their identity, ties stay.
+
+    Expanded tensors, of which one element stands for many, get memory for all of them: into such nothing can be copied.
+    """
     for key, tensor in _tensors(model).items():
         if tensor.dtype != state[key].dtype:
             if tensor.is_leaf:
                 tensor.grad = None
             tensor.data = tensor.data.to(state[key].dtype)
+        if _overlaps(tensor):
+            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Return whether two elements may lie at one place in memory."""
+    reach = 0
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride <= reach:
+            return tensor.numel() > 0
+        reach += stride * (size - 1)
+    return False

@@ -141,6 +141,17 @@ def test_the_file_decides_on_types_the_model_on_the_rest(tmp_path: Path):
     assert bare[2].num_batches_tracked.dtype == torch.int64
 
 
+def test_expanded_buffers_get_memory_of_their_own(tmp_path: Path):
+    def build(first: float) -> nn.Module:
+        model = nn.Linear(3, 2)
+        model.register_buffer("rows", torch.tensor([[first, 5.0, 7.0]]).expand(4, 3))
+        return model
+
+    save_compressed(build(2.0), tmp_path / "m.safetensors")
+    loaded = load_compressed(build(0.0), tmp_path / "m.safetensors")
+    assert loaded.rows.tolist() == [[2.0, 5.0, 7.0]] * 4
+
+
 def test_info_and_inspect_agree(tmp_path: Path):
     info = save_compressed(edited(), tmp_path / "file", {"recipe": "digits", "seed": 3})
     assert inspect_compressed(tmp_path / "file") == info
