@@ -276,6 +276,10 @@ def test_shared_parametrized_and_frozen_weights():
         lc.compress(net, Binarization("bwn", select=Select(include="decode")))
     with pytest.raises(lc.SelectionError, match="parametrized by something else"):
         lc.compress(net, Binarization("bwn", select=Select(include="conv")))
+    hooked = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    nn.utils.prune.l1_unstructured(hooked[1], "weight", 0.5)  # a hook computes the weight
+    assert list(lc.compress(hooked, binary := Binarization("bwn", select=Select())).children())
+    assert binary.selected == ("0",)
 
 
 def test_compress_binarizes_a_trained_model_at_once():

@@ -37,6 +37,8 @@ def why_held(layer: nn.Module, owners: Mapping[int, int]) -> str:
     """Return why a layer's weight cannot be given few values; empty if it can."""
     if few_levels_of(layer) is None and parametrize.is_parametrized(layer, "weight"):
         return "kept: its weight is parametrized by something else"
+    if few_levels_of(layer) is None and "weight" not in dict(layer.named_parameters(recurse=False)):
+        return "kept: its weight is no parameter, a hook computes it (the old weight norm, or torch's pruning)"
     if owners.get(id(real_weight(layer)), 0) > 1:
         return "kept: its weight is shared with another module"
     return ""
