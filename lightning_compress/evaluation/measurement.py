@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lightning_compress.core.cost import HeldWeight, MacCount, count_macs, count_parameters
+from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.paths import clean_path
 from lightning_compress.evaluation.latency import Latency
 from lightning_compress.evaluation.size import dense_bytes, gzip_bytes
@@ -123,9 +124,15 @@ def measure(model: nn.Module, example_inputs: object = None, *, gzip: bool = Tru
         macs = count_macs(model, example_inputs)
     if macs.total is None:
         reasons["macs"] = macs.reason
-    packed = None
+    dense, packed = None, None
+    try:
+        dense = dense_bytes(model)
+    except ConfigurationError as error:  # a type that no dense file holds must not cost the rest of the report
+        reasons["dense_bytes"] = str(error)
     if counts.nonzero is None:
         reasons["nonzero_parameters"] = reasons["gzip_bytes"] = "the weights have no values"
+    elif gzip and dense is None:
+        reasons["gzip_bytes"] = reasons["dense_bytes"]
     elif gzip:
         packed = _gzip_with_bar(model)
     else:
@@ -134,7 +141,7 @@ def measure(model: nn.Module, example_inputs: object = None, *, gzip: bool = Tru
         parameters=counts.total,
         nonzero_parameters=counts.nonzero,
         macs=macs.total,
-        dense_bytes=dense_bytes(model),
+        dense_bytes=dense,
         gzip_bytes=packed,
         layers=_layers(model, counts.per_layer, macs),
         reasons=reasons,
@@ -225,13 +232,8 @@ def _layers(model: nn.Module, counts: Mapping[str, tuple[int, int | None]], macs
 
 
 def _layer(module: nn.Module, total: int, nonzero: int | None, macs: int | None) -> LayerCost:
-    own = [
-        tensor for name, tensor in module.named_parameters() if "." not in name or name.startswith("parametrizations.")
-    ]
     held = module if isinstance(module, HeldWeight) else None
-    weight = getattr(module, "weight", None) if total and not held else None
-    if not isinstance(weight, torch.Tensor):
-        weight = max(own, key=torch.Tensor.numel, default=None) if total else None
+    weight = _weight(module) if total and not held else None
     return LayerCost(
         type=parametrize.type_before_parametrizations(module).__name__,
         shape=list(held.shape) if held else [] if weight is None else list(weight.shape),
@@ -240,6 +242,20 @@ def _layer(module: nn.Module, total: int, nonzero: int | None, macs: int | None)
         bits=held.bits if held else None if weight is None else 8 * weight.element_size(),
         macs=macs,
     )
+
+
+def _weight(module: nn.Module) -> torch.Tensor | None:
+    """Return the weight, or the largest tensor it is made of: to ask for it would run its parametrization.
+
+    That may draw numbers, or change buffers of a module that trains, as spectral norm does.
+    """
+    parametrized = parametrize.is_parametrized(module, "weight")
+    weight = None if parametrized else getattr(module, "weight", None)
+    if isinstance(weight, torch.Tensor):
+        return weight
+    made_of = "parametrizations.weight." if parametrized else "parametrizations."
+    own = [t for name, t in module.named_parameters() if name.startswith(made_of) or not (parametrized or "." in name)]
+    return max(own, key=torch.Tensor.numel, default=None)
 
 
 def _owner(path: str) -> str:

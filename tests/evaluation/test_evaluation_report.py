@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import io
 import json
@@ -11,6 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from lightning_compress.core.checkpoint import save_compressed
+from lightning_compress.core.copies import structure_copy
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.journal import Edit
 from lightning_compress.core.verbs import apply
@@ -168,6 +170,25 @@ def test_parametrized_layers_keep_their_name_and_type():
     assert [(row["name"], row["type"], row["shape"], row["parameters"][1]) for row in rows] == [
         ("0", "Linear", [2, 3], 10)
     ]
+
+
+def test_looking_at_a_model_that_trains_does_not_move_its_parametrizations():
+    model = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2))
+    before = copy.deepcopy(model.state_dict())
+    assert measure(model).layers[""].shape == [2, 3]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    skeleton = structure_copy(model, lambda tensor: torch.empty_like(tensor, device="meta"))
+    assert measure(skeleton, torch.zeros(1, 3)).parameters == 8
+
+
+def test_a_type_that_no_dense_file_holds_costs_its_size_only():
+    model = small()
+    model.register_buffer("wide", torch.zeros(2, dtype=torch.complex128))
+    measured = measure(model, torch.zeros(1, 1, 8, 8))
+    assert measured.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert measured.dense_bytes is measured.gzip_bytes is None
+    assert "complex128 in 'wide'" in measured.reasons["dense_bytes"]
+    assert measured.reasons["gzip_bytes"] == measured.reasons["dense_bytes"]
 
 
 def test_a_measurement_survives_its_state(tmp_path):
