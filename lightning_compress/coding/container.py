@@ -2,7 +2,8 @@
 
 Layout: eight bytes with the header's length, the JSON header, the parts one after another. The ``__metadata__`` of the
 header holds ``format``, ``version``, ``sha256`` (of the whole file, with these 64 digits as zeros), ``tensors``
-(packing and config by key) and what the caller adds. The part ``p`` of the tensor ``k`` is called ``k:p``.
+(packing and config by key) and what the caller adds. The part ``p`` of the tensor ``k`` is called ``k:p``. Where that
+would take much of the file, small parts and metadata are folded, see :mod:`~lightning_compress.coding.directory`.
 """
 
 from __future__ import annotations
@@ -21,17 +22,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lightning_compress.coding.directory import MAX_HEADER_BYTES, fold, unfold
 from lightning_compress.coding.packing import NATIVE_DTYPES, PACKINGS, ROLES, Packed, bits_by_role
 from lightning_compress.coding.state import ALIAS, source
 from lightning_compress.core.errors import ArtifactError, ConfigurationError
 
 FORMAT = "lightning-compress"
-VERSION = 2
-"""Highest that can be read. A file has the lowest that holds its packings: 1 for the simple ones, 2 for codes."""
+VERSION = 3
+"""Highest that can be read. A file has the lowest that will do: 1 for simple packings, 2 for codes, 3 if folded."""
 
-MAX_HEADER_BYTES = 16 * 2**20
-"""A header beyond this is refused unread; a thousand tensors take about 0.3 MiB."""
+_FOLDED = 3
+_WORTH_BYTES, _WORTH_SHARE = 2**12, 0.1
+"""A file is folded if that saves as many bytes, and such a share of it; else other readers see all of its parts."""
 
+_OWN = ("sha256", "format", "version")
 _NO_DIGEST = "0" * 64
 _CHUNK = 2**20
 
@@ -80,14 +84,14 @@ def write_container(path: str | Path, tensors: Mapping[str, Packed], metadata: M
         raise ConfigurationError(f"`path` {str(path)!r} is not a regular file; give the name of one")
     parts = {f"{key}:{name}": part for key, packed in tensors.items() for name, part in packed.parts.items()}
     ordered = dict(sorted(parts.items(), key=lambda item: -item[1].element_size()))  # wide ones first: all aligned
-    header = _header(ordered, tensors, metadata)
-    digest = _digest(header, map(_raw, ordered.values()))
+    header, held = _laid_out(ordered, tensors, metadata)
+    digest = _digest(header, map(_raw, held.values()))
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with aside.open("xb") as file:
             file.write(header.replace(_NO_DIGEST.encode(), digest.encode(), 1))
-            for part in ordered.values():
+            for part in held.values():
                 file.write(_raw(part))
             file.flush()
             os.fsync(file.fileno())
@@ -114,7 +118,9 @@ def read_container(path: str | Path) -> Container:
             _check_digest(path, header, text)
             names = file.keys()
             parts = {name: file.get_tensor(name) for name in names}
-        metadata = {key: json.loads(value) for key, value in text.items() if key not in ("format", "version", "sha256")}
+            if int(text["version"]) >= _FOLDED:
+                parts, text = unfold(parts)
+        metadata = {key: json.loads(value) for key, value in text.items() if key not in _OWN}
     except OSError as error:
         raise _refused(path, f"{type(error).__name__}: {error.strerror or error}", "check the path") from error
     except (SafetensorError, ValueError, RecursionError) as error:
@@ -126,28 +132,51 @@ def read_container(path: str | Path) -> Container:
     return Container(path, size, entries, metadata)
 
 
-def _header(parts: Mapping[str, Tensor], tensors: Mapping[str, Packed], metadata: Mapping[str, Any]) -> bytes:
-    own = {"tensors": {key: [packed.packing, dict(packed.config)] for key, packed in tensors.items()}}
+def _laid_out(
+    parts: Mapping[str, Tensor], tensors: Mapping[str, Packed], metadata: Mapping[str, Any]
+) -> tuple[bytes, Mapping[str, Tensor]]:
+    """Return the header and the parts as they are written: as they are, or folded where that is worth it."""
+    text = _text(tensors, metadata)
     version = max((PACKINGS[packed.packing].since for packed in tensors.values() if packed.packing != ALIAS), default=1)
-    text = {"sha256": _NO_DIGEST, "format": FORMAT, "version": str(version)}
-    if taken := sorted(metadata.keys() & {*text, *own}):
+    plain, folded = _header(parts, text, version), fold(parts, text)
+    compact = _header(folded, {}, _FOLDED)
+    size = len(plain) + sum(map(_bytes, parts.values()))
+    saved = size - len(compact) - sum(map(_bytes, folded.values()))
+    header, held = (compact, folded) if saved >= max(_WORTH_BYTES, _WORTH_SHARE * size) else (plain, parts)
+    if len(header) > MAX_HEADER_BYTES:
+        raise ConfigurationError(f"the header takes {len(header)} bytes, at most {MAX_HEADER_BYTES} are allowed")
+    return header, held
+
+
+def _text(tensors: Mapping[str, Packed], metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Return the table of packings and the caller's metadata, as JSON by name."""
+    own = {"tensors": {key: [packed.packing, dict(packed.config)] for key, packed in tensors.items()}}
+    if taken := sorted(metadata.keys() & {*_OWN, *own}):
         raise ConfigurationError(f"`metadata` must not have the entries {taken}, which the format itself writes")
+    text: dict[str, str] = {}
     try:
         for key, value in sorted({**metadata, **own}.items()):  # equal contents give equal bytes
             text[key] = json.dumps(value, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"`metadata` entry {key!r} cannot be written as JSON: {error}") from error
-    header: dict[str, Any] = {"__metadata__": text}
+    return text
+
+
+def _header(parts: Mapping[str, Tensor], text: Mapping[str, str], version: int) -> bytes:
+    own = {"sha256": _NO_DIGEST, "format": FORMAT, "version": str(version)}
+    header: dict[str, Any] = {"__metadata__": {**own, **text}}
     start = 0
     for name, part in parts.items():
-        end = start + part.numel() * part.element_size()
+        end = start + _bytes(part)
         header[name] = {"dtype": NATIVE_DTYPES[part.dtype], "shape": list(part.shape), "data_offsets": [start, end]}
         start = end
     body = json.dumps(header, separators=(",", ":")).encode()
     body += b" " * (-len(body) % 8)
-    if len(body) > MAX_HEADER_BYTES:
-        raise ConfigurationError(f"the header takes {len(body)} bytes, at most {MAX_HEADER_BYTES} are allowed")
     return len(body).to_bytes(8, "little") + body
+
+
+def _bytes(part: Tensor) -> int:
+    return part.numel() * part.element_size()
 
 
 def _raw(part: Tensor) -> memoryview:

@@ -176,8 +176,8 @@ def test_foreign_files_give_one_clear_error(kind: str, tmp_path: Path):
 
 
 def test_newer_and_odd_versions(file: Path):
-    rewrite(file, lambda header: header["__metadata__"].update(version="3"))
-    with pytest.raises(ArtifactError, match="got version 3; install a newer lightning-compress"):
+    rewrite(file, lambda header: header["__metadata__"].update(version="4"))
+    with pytest.raises(ArtifactError, match="got version 4; install a newer lightning-compress"):
         read_container(file)
     for version in ("", "-1", "one", "9" * 5000):
         rewrite(file, lambda header, version=version: header["__metadata__"].update(version=version))
