@@ -93,10 +93,10 @@ def _inflated(blob: bytes) -> bytes:
     """Return the content of a directory, which never grows beyond its limit."""
     inflater = zlib.decompressobj()
     try:
-        content = inflater.decompress(blob, MAX_HEADER_BYTES)
+        content = inflater.decompress(blob, MAX_HEADER_BYTES + 1)
     except zlib.error as error:
         raise ValueError(f"the directory cannot be inflated: {error}") from error
-    if not inflater.eof or inflater.unused_data:
+    if len(content) > MAX_HEADER_BYTES or not inflater.eof or inflater.unused_data:
         raise ValueError(f"the directory is cut off, has bytes behind it, or is larger than {MAX_HEADER_BYTES} bytes")
     return content
 
@@ -118,6 +118,6 @@ def _checked(entry: Any) -> tuple[str, torch.dtype, list[int]]:
     if not isinstance(entry, list) or [type(item) for item in entry] != [str, str, list] or entry[1] not in _DTYPES:
         raise ValueError(f"the directory's entry {str(entry)[:80]} is no name, type and shape")
     name, dtype, shape = entry
-    if not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+    if not all(type(size) is int and size >= 0 for size in shape) or math.prod(size or 1 for size in shape) >= 2**63:
         raise ValueError(f"the directory's entry {str(entry)[:80]} has no shape")
     return name, _DTYPES[dtype], shape

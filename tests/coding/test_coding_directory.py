@@ -159,7 +159,9 @@ def as_bytes(content: bytes) -> torch.Tensor:
         (lambda content: content["parts"].append(["c:values", "U8", [-1]]), "has no shape"),
         (lambda content: content["parts"].append(["c:values", "U8", [2**70]]), "has no shape"),
         (lambda content: content["parts"].append(["c:values", "U8", [True]]), "has no shape"),
-        (lambda content: content["parts"].append(["c:values", "U8", [2**62, 2**62]]), "does not fit the file"),
+        (lambda content: content["parts"].append(["c:values", "U8", [2**62, 2**62]]), "has no shape"),
+        (lambda content: content["parts"].append(["c:values", "U8", [2**40, 2**40, 0]]), "has no shape"),
+        (lambda content: content["parts"].append(["c:values", "F64", [2**62]]), "does not fit the file"),
         (lambda content: content["parts"].append(["a:values", "U8", [0]]), "does not fit the file"),
         (lambda content: content["parts"].insert(0, ["c:values", "U8", [1]]), "does not fit the file"),
         (lambda content: content["parts"].pop(), "names 12 of 16 bytes"),
@@ -186,6 +188,13 @@ def test_hostile_directories(change: Callable[[dict[str, Any]], None], words: st
 def test_what_is_no_directory(parts: dict[str, torch.Tensor], words: str):
     with pytest.raises(ValueError, match=words):
         unfold({SMALL: torch.empty(0, dtype=torch.uint8), **parts})
+
+
+def test_a_directory_may_be_as_large_as_its_limit(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(folding, "MAX_HEADER_BYTES", len('{"text":{"note":"xxx"},"parts":[]}'))
+    assert unfold(fold({}, {"note": "xxx"})) == ({}, {"note": "xxx"})
+    with pytest.raises(ConfigurationError, match="takes 35 bytes, at most 34 are allowed"):
+        fold({}, {"note": "xxxx"})
 
 
 def test_a_directory_that_is_too_large_is_not_written(tmp_path: Path):
