@@ -136,6 +136,14 @@ def test_entropy_constrained_beats_kmeans_at_the_same_entropy(weighted: bool) ->
         assert distortion(SKEWED, constrained, weights) < distortion(SKEWED, rival, weights)
 
 
+@pytest.mark.parametrize("bits", [0.01, 1.0, 3.0])
+def test_entropy_is_kept_to_with_a_cluster_for_each_number(bits: float) -> None:
+    """All of them have one size and one price: no trade-off moves a number to another one."""
+    values = torch.randn(48, generator=torch.Generator().manual_seed(0))
+    assert EntropyConstrained(bits, clusters=64).codebook(values).bits <= bits
+    assert EntropyConstrained(bits, clusters=2).codebook(torch.tensor([1.0, 1.0, 2.0, 2.0])).bits <= bits
+
+
 @pytest.mark.parametrize("quantizer", [KMeans(3), Uniform(3.0), EntropyConstrained(3.0, clusters=32)])
 def test_every_quantizer_returns_means_of_its_cells_in_rising_order(quantizer: KMeans) -> None:
     values, weights = SKEWED.float(), SKEWED.abs().float() + 0.01

@@ -122,6 +122,9 @@ def entropy_constrained_to_bits(
 ) -> Codebook:
     r"""Return the ECSQ codebook with the smallest :math:`\lambda` whose codes have at most so much entropy.
 
+    Clusters that are all of one size cost the same, so that no :math:`\lambda` moves a number: as where there is one
+    for each number. Then it begins again with half of them.
+
     Args:
         values: Finite numbers, (n,).
         centroids: Where to begin, (k,).
@@ -136,16 +139,20 @@ def entropy_constrained_to_bits(
     if free.bits <= bits:
         return free
     spread = float(as_array(values, "values").var())
-    return _least(lambda t: entropy_constrained(values, centroids, t, weights), spread * 2.0**-24, spread * 64, bits)
+    book = _least(lambda t: entropy_constrained(values, centroids, t, weights), spread * 2.0**-24, spread * 64, bits)
+    return book if book.bits <= bits else entropy_constrained_to_bits(values, free.centroids[::2], bits, weights)
 
 
 def _least(quantize: Callable[[float], Codebook], low: float, high: float, bits: float) -> Codebook:
-    """Return the codebook at the smallest argument from ``low`` to ``high`` that keeps to ``bits``, by bisection."""
+    """Return the codebook at the smallest argument from ``low`` to ``high`` that keeps to ``bits``, by bisection.
+
+    If not even ``high`` does, return what that gives.
+    """
     found = quantize(low)
     if found.bits <= bits:
         return found
     found = quantize(high)
-    for _ in range(_HALVINGS):
+    for _ in range(_HALVINGS if found.bits <= bits else 0):
         middle = (low * high) ** 0.5
         tried = quantize(middle)
         if tried.bits <= bits:
