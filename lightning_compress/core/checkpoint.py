@@ -77,6 +77,8 @@ def save_compressed(
     ('sparse', True)
     """
     _check_arguments(model, path)
+    if provenance is not None and not isinstance(provenance, Mapping):
+        raise ConfigurationError(f"`provenance` must be a mapping of names to JSON-able facts, got {provenance!r:.200}")
     state: dict[str, Any] = {}
     for key, value in model.state_dict().items():
         if not key.endswith(JOURNAL_KEY):

@@ -450,6 +450,7 @@ def test_only_lightning_classes_have_checkpoints(checkpoint: Path):
     [
         (lambda: save_compressed("x", nn.Linear(1, 1)), "`model` must be a torch.nn.Module, got 'x'"),
         (lambda: save_compressed(nn.Linear(1, 1), None), "`path` must be the name of a file, got None"),
+        (lambda: save_compressed(nn.Linear(1, 1), "x", "ans"), "`provenance` must be a mapping .*, got 'ans'"),
         (lambda: load_compressed(nn.Linear, "x"), r"the class Linear; build it: Linear\(...\)"),
         (lambda: load_compressed(nn.Linear(1, 1), 3), "`path` must be the name of a file, got 3"),
     ],
