@@ -461,6 +461,15 @@ def test_fisher_weights_are_the_hessian_of_a_quadratic_loss() -> None:
     assert errors[1].sum() > errors[0].sum()
 
 
+@pytest.mark.parametrize(("batch", "words"), [((X, Y + 9), "`loss` cannot judge"), (X, r"must hold pairs \(inputs, t")])
+def test_fisher_data_that_no_loss_can_judge_is_refused_before_training(batch: Any, words: str) -> None:
+    model = Net()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ConfigurationError, match=words):
+        fit(model, WeightSharing(2, importance=Fisher([batch])))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_importance_does_not_wreck_a_trained_network_where_entropy_is_constrained() -> None:
     """Nearly all of the Fisher information of a trained network lies in few weights; the others count all the same."""
     data = DigitsDataModule(batch_size=64)

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.errors import ConfigurationError, SelectionError, did_you_mean
-from lightning_compress.core.first_look import check_first_batch
 from lightning_compress.core.paths import named_layers
 from lightning_compress.core.plan import PlanRow
 from lightning_compress.core.randomness import common_seed
@@ -142,7 +141,7 @@ class WeightSharing(CompressionCallback):
     def examine(self, root: nn.Module, example_inputs: Any) -> Selection:
         """Refuse calibration data that the model cannot run on before it is trained."""
         if isinstance(self.importance, Fisher):
-            check_first_batch(root, self.importance.batches)
+            self.importance.check(root, self._held.weights(self.layers(root)))
         return Selection(self.layers(root), dict(self._left))
 
     def plan(self, layers: Layers) -> list[PlanRow]:
@@ -317,6 +316,9 @@ class WeightSharing(CompressionCallback):
                 f"`importance` {self.importance!r} is learned while training, but the schedule starts at 0; start "
                 "later, or use Fisher(batches)"
             )
+
+
+WeightSharing.conflicts_on_layers = (WeightSharing,)
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ from torch.optim import Optimizer
 
 from lightning_compress.core.calibration import calibration_batches, check_batches, require_batches
 from lightning_compress.core.errors import ConfigurationError, did_you_mean
+from lightning_compress.core.first_look import check_first_batch
 from lightning_compress.core.gradients import sample_gradients
+from lightning_compress.core.isolation import same_randomness
 from lightning_compress.quantization.optimizers import holders, second_moment
 
 WORDS = ("equal", "gradients", "adam")
@@ -47,6 +49,12 @@ class Fisher:
 
     def __str__(self) -> str:
         return f"Fisher information of {self.samples} samples"
+
+    def check(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Refuse calibration data that the model cannot run on, or its loss cannot judge; the first sample is tried."""
+        batch = check_first_batch(model, self.batches)
+        with same_randomness():
+            next(iter(sample_gradients(model, weights, [batch], self.loss)), None)
 
     def diagonal(self, model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return h by path, in the shapes of ``weights``, which are parameters of ``model``.
