@@ -89,6 +89,11 @@ def sharing() -> WeightSharing:
         ((Binarization, sharing), "Binarization and WeightSharing would both hold the weights of 'net.2' at values"),
         ((sharing, Binarization), "Binarization and WeightSharing would both hold the weights of 'net.2' at values"),
         ((lambda: FixedPointTraining([2, 6], [4, 1]), sharing), "FixedPointTraining and WeightSharing would both hold"),
+        ((sharing, lambda: WeightSharing(3, name="b")), "WeightSharing and WeightSharing would both hold the weights"),
+        (
+            (lambda: FixedPointTraining([2, 6], name="a"), FixedPointTraining),
+            "FixedPointTraining and FixedPointTraining would both hold the weights of 'net.0'",
+        ),
         ((Halves, sharing), "Halves and WeightSharing change the same weights; remove one of them"),
         ((lambda: IterativePruning(0.5), Halves), "in the wrong order: put Halves before IterativePruning"),
         ((sharing, lambda: IterativePruning(0.5)), "put IterativePruning first"),

@@ -290,6 +290,14 @@ def test_compress_binarizes_a_trained_model_at_once():
     assert small.state_dict().keys() - {"_compression_journal"} == net.state_dict().keys()
 
 
+@pytest.mark.parametrize("callback", [Binarization(select=Select()), Ternarization(select=Select())])
+def test_weights_that_are_no_numbers_are_named(callback):
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    net[1].weight.data[0, 0] = float("nan")  # whose sign is -1, like that of any number that is not above 0
+    with pytest.raises(lc.ConfigurationError, match=r"`1\.weight` holds NaN or infinity"):
+        lc.compress(net, callback)
+
+
 def test_half_precision_weights_keep_their_type():
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(torch.bfloat16)
     for callback in (Binarization("xnor", select=Select()), Ternarization(select=Select())):
@@ -303,7 +311,9 @@ def test_half_precision_weights_keep_their_type():
     [
         ({"method": "binaryconnect"}, "did you mean 'binary_connect'"),
         ({"method": "bwn", "stochastic": True}, "`stochastic` goes with"),
-        ({"bound": 0}, "`bound` must be a number above 0"),
+        ({"bound": 0}, "`bound` must be a finite number above 0"),
+        ({"bound": float("inf")}, "`bound` must be a finite number above 0, got inf"),
+        ({"stochastic": "no"}, "`stochastic` must be True or False, got 'no'"),
         ({"method": "bwn", "bound": 1.0}, "`bound` goes with 'binary_connect' and 'binary_net' only, got 'bwn'"),
     ],
 )

@@ -178,6 +178,13 @@ def test_wrong_arguments_are_named(arguments, message):
         FixedPointTraining(**arguments)
 
 
+def test_weights_that_are_no_numbers_are_named():
+    net = nn.Sequential(nn.Linear(2, 2))
+    net[0].weight.data[0, 0] = float("inf")  # it would become the largest number of the format
+    with pytest.raises(lc.ConfigurationError, match=r"`0\.weight` holds NaN or infinity"):
+        lc.compress(net, FixedPointTraining(activations=None, gradients=None))
+
+
 def test_a_model_of_parametrized_weights_alone_is_refused():
     net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
     with pytest.raises(lc.SelectionError, match="no layer is left to round"):

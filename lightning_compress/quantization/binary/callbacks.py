@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, cast
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.errors import ConfigurationError, SelectionError, did_you_mean
+from lightning_compress.core.finite import require_finite_weights
 from lightning_compress.core.journal import Edit
 from lightning_compress.core.plan import PlanRow
 from lightning_compress.core.run import Layers
@@ -69,7 +71,10 @@ class FewLevelsCallback(CompressionCallback):
         reasons = {path: self.unfit(layer) or why_held(layer, owners) for path, layer in selection.layers.items()}
         left = {path: why for path, why in reasons.items() if why}
         if len(left) == len(reasons):
-            raise SelectionError(f"no layer is left to binarize: {'; '.join(f'{p}: {w}' for p, w in left.items())}")
+            raise SelectionError(
+                f"no layer is left to binarize: {'; '.join(f'{p}: {w}' for p, w in left.items())}. Choose others with "
+                "`select`, or leave this method out"
+            )
         kept = {path: layer for path, layer in selection.layers.items() if path not in left}
         return Selection(kept, {**selection.left, **left})
 
@@ -77,6 +82,7 @@ class FewLevelsCallback(CompressionCallback):
         """Parametrize each weight, once."""
         for path, layer in layers.items():
             if few_levels_of(layer) is None:
+                require_finite_weights(path, layer)
                 kind, config = self.weight_edit(layer)
                 yield Edit("parametrize", path, kind, {"tensor": "weight", "amount": self.schedule.initial, **config})
 
@@ -178,10 +184,12 @@ class Binarization(FewLevelsCallback):
         super().__init__(schedule, select, name)
         if method not in METHODS:
             raise ConfigurationError(f"`method` is {method!r}: {did_you_mean(str(method), METHODS)}")
+        if not isinstance(stochastic, bool):
+            raise ConfigurationError(f"`stochastic` must be True or False, got {stochastic!r}")
         if stochastic and _KIND[method] != "sign_weight":
             raise ConfigurationError(f"`stochastic` goes with 'binary_connect' and 'binary_net' only, got {method!r}")
-        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float) or not bound > 0):
-            raise ConfigurationError(f"`bound` must be a number above 0, got {bound!r}")
+        if bound is not None:
+            _check_positive("bound", bound)
         if bound is not None and _KIND[method] != "sign_weight":
             raise ConfigurationError(f"`bound` goes with 'binary_connect' and 'binary_net' only, got {method!r}")
         self.method, self.stochastic, self.bound = method, stochastic, None if bound is None else float(bound)
@@ -271,8 +279,7 @@ class Ternarization(FewLevelsCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(schedule, select, name)
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not threshold > 0:
-            raise ConfigurationError(f"`threshold` must be a number above 0, got {threshold!r}")
+        _check_positive("threshold", threshold)
         self.threshold = float(threshold)
 
     def weight_edit(self, layer: nn.Module) -> tuple[str, Mapping[str, Any]]:
@@ -282,3 +289,8 @@ class Ternarization(FewLevelsCallback):
     def action(self) -> str:
         """Return what the plan says of each weight."""
         return f"ternarize at {self.threshold:g} of the mean magnitude"
+
+
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigurationError(f"`{name}` must be a finite number above 0, got {value!r}")

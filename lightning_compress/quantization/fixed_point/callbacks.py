@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.errors import ConfigurationError, SelectionError, did_you_mean
+from lightning_compress.core.finite import require_finite_weights
 from lightning_compress.core.journal import Edit
 from lightning_compress.core.paths import clean_path
 from lightning_compress.core.plan import PlanRow
@@ -103,12 +104,17 @@ class FixedPointTraining(CompressionCallback):
             if "weight" not in dict(layer.named_parameters(recurse=False))
         }
         if len(left) == len(selection.layers):
-            raise SelectionError(f"no layer is left to round: {'; '.join(f'{p}: {why}' for p, why in left.items())}")
+            raise SelectionError(
+                f"no layer is left to round: {'; '.join(f'{p}: {why}' for p, why in left.items())}. Choose others with "
+                "`select`, or leave this method out"
+            )
         kept = {path: layer for path, layer in selection.layers.items() if path not in left}
         return Selection(kept, {**selection.left, **left})
 
     def prepare(self, layers: Layers) -> Iterable[Edit]:
         """Round what layers return, and the errors that come back, where formats are given for them."""
+        for path, layer in layers.items():
+            require_finite_weights(path, layer)
         if self.activations is None and self.gradients is None:
             return
         bits = {"activations": _bits(self.activations), "errors": _bits(self.gradients), "rounding": self.rounding}
@@ -170,6 +176,9 @@ def _tensors(layers: Layers) -> Iterator[tuple[str, nn.Parameter]]:
     for path, layer in layers.items():
         for name, parameter in layer.named_parameters(recurse=False):
             yield f"{path}.{name}", parameter
+
+
+FixedPointTraining.conflicts_on_layers += (FixedPointTraining,)
 
 
 def _format(bits: Sequence[int], name: str) -> FixedPoint:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_compress.core.callback import CompressionCallback
 from lightning_compress.core.errors import ConfigurationError
+from lightning_compress.core.finite import require_finite_weights
 from lightning_compress.core.plan import PlanRow
 from lightning_compress.core.run import Layers
 from lightning_compress.core.schedule import Schedule
@@ -196,6 +197,8 @@ class SoftWeightSharing(CompressionCallback):
         weights = self._held.weights(layers)
         device = next(iter(weights.values())).device
         if self._mixture is None:
+            for path, layer in layers.items():
+                require_finite_weights(path, layer)
             self._mixture = initial_mixture(_joined(weights), self.components, self.zero)
         moved = {name: getattr(self._mixture, name).to(device) for name in ("means", "log_sigmas", "logits")}
         self._mixture = Mixture(**moved, zero=self.zero)
@@ -213,6 +216,9 @@ def _flat(weight: Tensor) -> Tensor:
 def _joined(weights: Mapping[str, Tensor]) -> Tensor:
     first = next(iter(weights.values()))
     return torch.cat([_flat(weight).to(first.device) for weight in weights.values()])
+
+
+SoftWeightSharing.conflicts_on_layers = (SoftWeightSharing,)
 
 
 def _check_number(name: str, value: object, below: float | None = None) -> None:
