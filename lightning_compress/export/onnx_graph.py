@@ -10,6 +10,8 @@ from lightning_compress.export.extras import require
 
 MOVES = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Identity", "Expand")
 """Operators whose results are values of their first input."""
+EXTREMES = ("ReduceMax", "ReduceMin")
+"""Operators whose results are the greatest or the least of their inputs."""
 BIASED = ("Gemm", "Conv", "ConvTranspose")
 """Operators whose third input is a bias."""
 
@@ -25,6 +27,8 @@ def finish(model: Any, int4: bool) -> None:
     for node in list(model.graph):
         if averages_all(node):
             pool(model.graph, node)
+        if node.op_type in EXTREMES:
+            quantize_before(model.graph, node)
     for node in list(model.graph):
         node.metadata_props.clear()  # stack traces, which can take more room than weights
         for value in node.outputs:
@@ -78,7 +82,7 @@ def drop_later(graph: Any, mean: Any) -> bool:
     """Drop the positions of a mean in a node of its own, behind its quantizer, which must follow the mean itself.
 
     Returns:
-        Whether that is done; not where it would be the network's output.
+        Whether that is done; not where one of these is an output of the network.
     """
     ir = require("onnx_ir", "onnx")
     values = [mean.outputs[0]]
@@ -87,7 +91,7 @@ def drop_later(graph: Any, mean: Any) -> bool:
         values += [user.outputs[0] for user in users if len(users) == 1 and user.op_type == op_type]
     values = values if len(values) == 3 else values[:1]
     last, axes = values[-1], np.arange(2, len(mean.inputs[0].shape), dtype=np.int64)
-    if last.is_graph_output():
+    if any(value.is_graph_output() for value in values):
         return False
     users = list(last.uses())
     squeeze = ir.Node("", "Squeeze", [last, _initializer(graph, f"{last.name}_positions", axes)])
@@ -98,6 +102,25 @@ def drop_later(graph: Any, mean: Any) -> bool:
     for value in values:
         value.shape = ir.Shape([*squeeze.outputs[0].shape, *[1] * axes.size])
     return True
+
+
+def quantize_before(graph: Any, node: Any) -> None:
+    """Put the quantizer of an extreme in front of it too: rounding keeps order, so that the result is the same.
+
+    OpenVINO computes a quantizer into the extreme that it stands behind, and the result is wrong (seen in 2026.4).
+    """
+    quantizer = node
+    while quantizer is node or quantizer.op_type in (*MOVES, "Concat"):
+        users = list(quantizer.outputs[0].uses())
+        if len(users) != 1 or quantizer.outputs[0].is_graph_output():
+            return
+        quantizer = users[0].node
+    before = node.inputs[0].producer()
+    if quantizer.op_type != "QuantizeLinear" or (before is not None and before.op_type == "DequantizeLinear"):
+        return
+    made = _quantizer(node.inputs[0], *quantizer.inputs[1:])
+    graph.insert_before(node, made)
+    node.replace_input_with(0, made[1].outputs[0])
 
 
 def adds_zeros(node: Any) -> bool:
@@ -119,7 +142,6 @@ def ir_constant(value: Any) -> Any:
 
 def repeat_quantization(graph: Any, node: Any) -> None:
     """Put the quantizer of what ``node`` moves behind it too, as runtimes look for it right before each layer."""
-    ir = require("onnx_ir", "onnx")
     value, result = node.inputs[0], node.outputs[0]
     before = value.producer()
     if before is None or before.op_type != "DequantizeLinear" or before.inputs[0].is_initializer():
@@ -127,15 +149,21 @@ def repeat_quantization(graph: Any, node: Any) -> None:
     users = list(result.uses())
     if not users or result.is_graph_output() or any(user.node.op_type == "QuantizeLinear" for user in users):
         return
-    scale, zero_point = before.inputs[1:]
-    quantize = ir.Node("", "QuantizeLinear", [result, scale, zero_point])
-    restore = ir.Node("", "DequantizeLinear", [quantize.outputs[0], scale, zero_point])
-    for made, dtype in ((quantize, zero_point.dtype), (restore, result.dtype)):
-        made.outputs[0].dtype = dtype
-        made.outputs[0].shape = result.shape
-    graph.insert_after(node, [quantize, restore])
+    made = _quantizer(result, *before.inputs[1:])
+    graph.insert_after(node, made)
     for node_, index in users:
-        node_.replace_input_with(index, restore.outputs[0])
+        node_.replace_input_with(index, made[1].outputs[0])
+
+
+def _quantizer(value: Any, scale: Any, zero_point: Any) -> list[Any]:
+    """Return two nodes that quantize a value and restore it."""
+    ir = require("onnx_ir", "onnx")
+    quantize = ir.Node("", "QuantizeLinear", [value, scale, zero_point])
+    restore = ir.Node("", "DequantizeLinear", [quantize.outputs[0], scale, zero_point])
+    for node, dtype in ((quantize, zero_point.dtype), (restore, value.dtype)):
+        node.outputs[0].dtype = dtype
+        node.outputs[0].shape = value.shape
+    return [quantize, restore]
 
 
 def has_quantized_bias(node: Any) -> bool:

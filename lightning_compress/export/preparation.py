@@ -48,7 +48,7 @@ class Prepared:
         module: In evaluation mode on the CPU.
         inputs: Positional example inputs, with at least two samples.
         expected: What the module returns for them.
-        quantized: Whether it computes with integers somewhere.
+        quantized: Whether it rounds weights or activations to integers somewhere.
         names: Of the inputs, a mapping being as many as it holds.
         left: What stays float, and why.
     """
@@ -82,9 +82,9 @@ def prepare(model: nn.Module, example_inputs: Any) -> Prepared:
     weights = list(integer_tensors(copied))
     for weight in weights:
         weight.unpack()
-    for part in copied.modules():
-        if isinstance(part, FixedQuantizer):
-            part.freeze()
+    quantizers = [part for part in copied.modules() if isinstance(part, FixedQuantizer)]
+    for quantizer in quantizers:
+        quantizer.freeze()
     for parameter in copied.parameters():
         parameter.requires_grad_(False)
     if isinstance(given, Mapping):
@@ -99,7 +99,8 @@ def prepare(model: nn.Module, example_inputs: Any) -> Prepared:
             expected = call(module, values)
     except Exception as error:  # the user's own code
         raise ConfigurationError(f"`example_inputs`: the model cannot run on them ({error})") from error
-    return Prepared(module, values, expected, bool(weights), ("input",) if len(names) == 1 else names, left)
+    names = ("input",) if len(names) == 1 else names
+    return Prepared(module, values, expected, bool(weights or quantizers), names, left)
 
 
 def _names(name: str, value: Any) -> list[str]:
