@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,13 +22,14 @@ from lightning_compress import (
     load_compressed,
     save_compressed,
 )
-from lightning_compress.core.allocation import least_error, total
+from lightning_compress.core.allocation import Line, least_error, total
 from lightning_compress.data import DigitsDataModule
 from lightning_compress.quantization import convert, quantizers_of
 from lightning_compress.quantization.assignment import make_settings
 from lightning_compress.quantization.layers import CLASSES
 from lightning_compress.quantization.post_training.bit_lines import bit_lines, entropy_bytes
 from lightning_compress.quantization.post_training.bit_metric import check_metric
+from lightning_compress.quantization.post_training.search import largest_within
 
 BITS = (2, 3, 4, 6, 8)
 
@@ -121,7 +123,20 @@ def test_errors_are_those_of_outputs_and_bytes_those_of_files(trained) -> None:
     assert entropy_bytes(torch.zeros(9, dtype=torch.int8)) == 0
 
 
-@pytest.mark.parametrize("size", [0.12, 0.16])
+def test_a_budget_is_spent_where_files_become_smaller_all_at_once() -> None:
+    costs, losses = np.arange(1000.0, 1100.0), np.linspace(1, 0, 100)
+    line = Line(costs, losses, np.zeros(100))
+
+    def measure(picks: tuple[int, ...]) -> float:  # from 1,050 on what is said beside the weights is folded
+        return float(costs[picks[0]] + (500 if costs[picks[0]] < 1050 else 100))
+
+    assert largest_within([line], 1530.0, measure) == ((99,), 1199.0)
+    assert largest_within([line], 1190.0, measure)[1] == 1190.0
+    assert largest_within([line], 1510.0, lambda picks: float(costs[picks[0]] + 500)) == ((10,), 1510.0)
+    assert largest_within([line], 400.0, measure) == ((0,), 1500.0)
+
+
+@pytest.mark.parametrize("size", [0.12, 0.17])
 def test_a_size_is_obeyed_and_better_spent_than_evenly(trained, tmp_path, size: float) -> None:
     net, batches, test = trained
     callback = PostTrainingQuantization(batches, weights={"size": size}, ends=None)
@@ -133,7 +148,7 @@ def test_a_size_is_obeyed_and_better_spent_than_evenly(trained, tmp_path, size: 
     assert set(bits.values()) <= {2, 3, 4, 5, 6, 8}
     for path, number in bits.items():
         assert mixed.get_submodule(path).weight_quantizer.spec.bits == number
-        assert f"to {number} bits" in next(row for row in callback.plan_text.splitlines()[2:] if f" {path} " in row)
+        assert f"to {number} bits" in next(row for row in callback.plan_text.splitlines()[2:] if row.split()[1] == path)
     even = [compress(net, PostTrainingQuantization(batches, weights=number, ends=None)) for number in BITS]
     smaller = [lost(net, one, test) for one in even if file_bytes(one, tmp_path) <= taken]
     assert smaller

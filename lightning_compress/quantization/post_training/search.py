@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_compress.core.allocation import Line, least_error, total
+from lightning_compress.core.allocation import Line, Picks, least_error, total
 from lightning_compress.core.checkpoint import save_compressed
 from lightning_compress.core.copies import full_copy
 from lightning_compress.quantization.choice import Choice
@@ -30,6 +31,8 @@ from lightning_compress.quantization.post_training.steps import PostTrainingStep
 _ROOM = 256
 """Bytes of a file that are left for what is said of its origin."""
 _TRIES = 8
+_CLOSE = 0.95
+"""Share of a budget of bytes that a division of it must use, if tries are left."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,44 @@ def divide_bits(
     return search.for_size() if goal.drop is None else search.for_drop()
 
 
+def largest_within(lines: Sequence[Line], allowed: float, measure: Callable[[Picks], float]) -> tuple[Picks, float]:
+    """Return the division whose file is the largest within a budget, and its size; the smallest one if none fits.
+
+    What a file takes beside the weights is known once it is written, and may jump: names of many tensors are folded
+    where that is worth it. So each try corrects the budget by what the last one took, between two that bracket it.
+
+    Args:
+        lines: The layers.
+        allowed: Bytes that the file may take.
+        measure: Returns the bytes of the file for the number of the candidate of each layer.
+
+    >>> import numpy as np
+    >>> line = Line(np.array([10.0, 20.0, 40.0]), np.array([0.6, 0.2, 0.0]), np.zeros(3))
+    >>> largest_within([line], 31.0, lambda picks: 8 + line.cost[picks[0]])
+    ((1,), 28.0)
+    """
+    fewest: Picks = tuple(int(line.cost.argmin()) for line in lines)
+    known: dict[Picks, float] = {}
+    beside, low, high = 0.0, 0.0, math.inf  # bytes that are no weights: assumed; too few; enough
+    for _ in range(_TRIES):
+        picks = least_error(lines, allowed - beside) or fewest
+        if picks not in known:
+            known[picks] = float(measure(picks))
+        if known[picks] > allowed:
+            low = max(low, beside)
+        else:
+            high = min(high, beside)
+        if _CLOSE * allowed <= known[picks] <= allowed or (known[picks] > allowed and picks == fewest):
+            break
+        own = known[picks] - total(lines, picks)
+        beside = own if low < own < high else (low + high) / 2 if high < math.inf else beside + 1
+    fitting = [picks for picks, measured in known.items() if measured <= allowed]
+    best = max(fitting, key=known.__getitem__, default=fewest)
+    if best not in known:
+        known[best] = float(measure(best))
+    return best, known[best]
+
+
 def with_bits(choice: Choice, bits: Mapping[str, int]) -> Choice:
     """Return a choice in which the weights of some layers have other numbers of bits."""
     assigned = dict(choice.assigned)
@@ -98,14 +139,7 @@ class _Search:
         """Return the best division of a budget of bytes."""
         own = {id(t): t for t in self.model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
         allowed = int((self.goal.size or 0.0) * sum(t.numel() * t.element_size() for t in own.values()))
-        beside, smallest = 0.0, self.fewest
-        for _ in range(_TRIES):
-            picks = least_error(self.lines, allowed - beside) or smallest
-            measured = self._file_bytes(picks)
-            if measured <= allowed or picks == smallest:
-                return self._division(picks, measured, allowed)
-            beside = max(beside + 1, measured - total(self.lines, picks))
-        return self._division(smallest, self._file_bytes(smallest), allowed)
+        return self._division(*largest_within(self.lines, allowed, self._file_bytes), allowed)
 
     def for_drop(self) -> Division:
         """Return the smallest division found whose metric falls no more than allowed."""
