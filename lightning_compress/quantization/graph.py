@@ -32,6 +32,8 @@ _FUNCTIONS = {
     "shape": "size shape dim _assert _assert_is_none eq floordiv getattr numel len sym_size _assert_tensor_metadata",
 }
 _KIND_OF = {name: kind for kind, names in _FUNCTIONS.items() for name in names.split()}
+_VALUELESS = ("constant", "shape")
+"""Kinds of operations whose results nothing quantizes."""
 PADDINGS = ("pad", "constant_pad_nd")
 """Functions that add a border."""
 PIECES = ("chunk", "split", "unbind", "split_with_sizes")
@@ -88,6 +90,26 @@ class Graph:
         for operation in self.operations:
             for source in dict.fromkeys(operation.inputs):
                 table.setdefault(source, []).append(operation)
+        return table
+
+    def entries(self) -> dict[Operation, list[str]]:
+        """Return the modules with children that take each value, called once and with no other value; outermost first.
+
+        >>> value, block = Operation("input", "the input"), (("block", 1),)
+        >>> inner = Operation("convolution", "Conv2d", "block.conv", (value,), block)
+        >>> Graph([value, inner, Operation("add", "add", "", (inner, value), block)]).entries()[value]
+        ['block']
+        """
+        entering: dict[tuple[str, int], dict[Operation, None]] = {}
+        for operation in self.operations:
+            for call in operation.inside:
+                outer = (each for each in operation.inputs if call not in each.inside)
+                entering.setdefault(call, {}).update({each: None for each in outer if each.kind not in _VALUELESS})
+        paths = [path for path, _ in entering]
+        table: dict[Operation, list[str]] = {}
+        for (path, _), values in sorted(entering.items(), key=lambda item: len(item[0][0])):
+            if len(values) == 1 and paths.count(path) == 1:
+                table.setdefault(next(iter(values)), []).append(path)
         return table
 
     def calls(self) -> dict[str, int]:

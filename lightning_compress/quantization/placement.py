@@ -129,6 +129,7 @@ class _Placer:
         self.layers = layers
         self.users = graph.users()
         self.calls = graph.calls()
+        self.entries = graph.entries()
         self.demanded: dict[Operation, None] = {}
         self.left: dict[str, str] = {}
         self.blocks: dict[Operation, list[str]] = {}
@@ -195,17 +196,30 @@ class _Placer:
         path = self._returned_by(operation)
         if path:
             return [Point(path, "output", 0, computes, unsigned)]
-        points: list[Point] = []
-        for user in self.users[operation]:
-            points += self._before(user, operation, computes, unsigned)
-        return points
+        return self._at_takers(operation, computes, unsigned)
+
+    def _at_takers(self, value: Operation, computes: str, unsigned: bool) -> list[Point]:
+        """Return the one module in which all uses of a value are, or else the layers that take it."""
+        path = self._entered_by(value)
+        if path:
+            return [Point(path, "input", 0, computes, unsigned)]
+        return [point for user in self.users[value] for point in self._before(user, value, computes, unsigned)]
+
+    def _entered_by(self, value: Operation) -> str:
+        """Return the path of the innermost module that takes a value which is used several times, all inside of it."""
+        users = [user for user in self.users[value] if user.kind != "shape"]
+        if len(users) < 2 or value in self.graph.results:
+            return ""
+        around = [{path for path, _ in user.inside} for user in users]
+        paths = [path for path in self.entries.get(value, ()) if all(path in each for each in around)]
+        return paths[-1] if paths else ""
 
     def _before(self, user: Operation, value: Operation, computes: str, unsigned: bool) -> list[Point]:
         if user.kind == "same":
             path = self._returned_by(user)
             if path and self._wanted_through(user):
                 return [Point(path, "output", 0, computes, unsigned)]
-            return [point for other in self.users[user] for point in self._before(other, user, computes, unsigned)]
+            return self._at_takers(user, computes, unsigned) if self._wanted_through(user) else []
         if self._selected(user) or (user.path and user in self.demanded and self.calls[user.path] == 1):
             return [
                 Point(user.path, "input", place, computes, unsigned)

@@ -153,7 +153,7 @@ class _Tracer(fx.Tracer):
         call = (path, self.counts[path])
         with self._within(call):
             result = super().call_module(m, forward, args, kwargs)
-        if isinstance(result, fx.Proxy):
+        if isinstance(result, fx.Proxy) and call in self.inside[result.node]:  # an empty shortcut computes nothing
             self.returned[call] = result.node
         return result
 

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from networks import Audio, Branching, Residual, Small, Words, calibrate, quantize, randomize
+from networks import Audio, Branching, Functional, Residual, Small, Words, calibrate, quantize, randomize
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
@@ -176,6 +176,15 @@ def test_shortcuts_that_subsample_and_pad_are_fused_too(tmp_path) -> None:
     kinds = fused(export(model, tmp_path / "net", example_inputs=x).path, tmp_path)
     assert [kinds.count(kind) for kind in ("QLinearConv", "QLinearAdd", "QGemm", "Pad")] == [7, 3, 1, 2]
     assert not {"Conv", "Add", "Gemm", "MatMul"} & set(kinds)
+
+
+def test_networks_whose_relus_are_functions_are_fused_too(tmp_path) -> None:
+    torch.manual_seed(0)
+    x = images(4, 16)
+    model = calibrate(quantize(randomize(Functional()).eval()), x)
+    kinds = fused(export(model, tmp_path / "net", example_inputs=x).path, tmp_path)
+    assert [kinds.count(kind) for kind in ("QLinearConv", "QLinearAdd", "QGemm")] == [8, 3, 1]
+    assert not {"Conv", "FusedConv", "Add", "Relu", "Gemm", "DequantizeLinear"} & set(kinds)
 
 
 class Averaged(nn.Module):

@@ -69,6 +69,42 @@ class Small(nn.Module):
         return self.head(self.pool(x).flatten(1))
 
 
+class Shortcut(nn.Module):
+    """A block with functions for its ReLUs, and an empty module for a shortcut that changes nothing."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if stride > 1 or inputs != outputs:
+            self.shortcut.append(nn.Conv2d(inputs, outputs, 1, stride, bias=False)).append(nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        out += self.shortcut(x)
+        return F.relu(out)
+
+
+class Functional(nn.Module):
+    """A residual network whose ReLUs and pools are functions, as many write it."""
+
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(4)
+        self.layer1 = nn.Sequential(Shortcut(4, 4), Shortcut(4, 4))
+        self.layer2 = Shortcut(4, 8, 2)
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.bn(self.conv(x))), 2)
+        x = self.layer2(self.layer1(x))
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
 class Audio(nn.Module):
     """Convolutions over time, one of them transposed."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from networks import VISION, Audio, Branching, Residual, Small, Words
+from networks import VISION, Audio, Branching, Functional, Residual, Shortcut, Small, Words
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -102,6 +102,51 @@ def test_torch_export_numbers_calls_and_knows_keywords(monkeypatch: pytest.Monke
     expected = [("conv1", "input"), ("conv2", "input"), ("bn2", "output")]
     assert places(placement) == expected
     assert placement.left == {"": "add_: stays float, as it feeds the network's output"}
+
+
+@pytest.mark.parametrize("export", [False, True], ids=["fx", "export"])
+def test_what_functions_compute_is_quantized_where_a_block_takes_it(
+    export: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if export:
+        without_fx(monkeypatch)
+    placement = place_quantizers(Functional(), example_inputs=torch.zeros(2, 1, 16, 16))
+    assert places(placement) == [
+        ("conv", "input"),
+        ("layer1.0", "input"),  # its convolution and its shortcut take what the ReLU and the pool return
+        ("layer1.0.conv2", "input"), ("layer1.0.bn2", "output"), ("layer1.0", "output"),
+        ("layer1.1.conv2", "input"), ("layer1.1.bn2", "output"), ("layer1.1", "output"),
+        ("layer2.conv2", "input"), ("layer2.bn2", "output"), ("layer2.shortcut.1", "output"), ("layer2", "output"),
+        ("head", "input"),
+    ]  # fmt: skip
+    assert (placement.points[1].computes, placement.points[1].unsigned) == ("Conv2d + BatchNorm2d + relu", True)
+    assert placement.left == {}
+
+
+class Around(nn.Module):
+    """Values that functions compute, and modules that do not take them alone, or not once."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.conv = nn.Conv2d(2, 2, 3, padding=1)
+        self.block = Shortcut(2, 2)
+        self.other = Shortcut(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv(x))
+        if self.how == "used outside":
+            return self.other(self.block(x) + x)
+        if self.how == "called twice":
+            return self.block(x) + self.other(self.block(x))
+        return self.block(x) + self.other(x)
+
+
+@pytest.mark.parametrize("how", ["used outside", "called twice", "taken by two"])
+def test_blocks_that_do_not_take_a_value_alone_and_once_leave_it_to_their_layers(how: str) -> None:
+    found = places(place_quantizers(Around(how)))
+    assert ("block", "input") not in found
+    assert ("block.conv1", "input") in found
 
 
 def test_audio_and_words() -> None:
