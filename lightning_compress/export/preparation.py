@@ -19,6 +19,8 @@ from lightning_compress.quantization.convert import convert_in_place, is_quantiz
 from lightning_compress.quantization.fixed import FixedQuantizer
 from lightning_compress.quantization.integer import integer_tensors
 
+_RARE = {torch.bfloat16, torch.float64}
+
 
 class Forward(nn.Module):
     """A network that takes positional tensors only, whatever its own arguments are.
@@ -61,12 +63,13 @@ class Prepared:
     left: dict[str, str] = field(default_factory=dict)
 
 
-def prepare(model: nn.Module, example_inputs: Any) -> Prepared:
+def prepare(model: nn.Module, example_inputs: Any, any_type: bool = True) -> Prepared:
     """Return a copy of ``model`` that exporters take, with example inputs.
 
     Args:
         model: Any module; it is not changed.
         example_inputs: One batch, or ``None`` for the module's ``example_input_array``.
+        any_type: Whether bfloat16 and float64 may stay; runtimes lack kernels for them, and get float32.
 
     Raises:
         ConfigurationError: If there are no example inputs, or the model cannot run on them.
@@ -77,6 +80,10 @@ def prepare(model: nn.Module, example_inputs: Any) -> Prepared:
             "`example_inputs`: an export runs the model once; pass one batch, or set the module's `example_input_array`"
         )
     copied = full_copy(original(model)).cpu().eval()
+    scales = [weight.scale for weight in integer_tensors(copied)]
+    if not any_type and _RARE & {value.dtype for value in (*copied.parameters(), *scales)}:
+        copied.float()
+        given = map_tensors(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, given)
     given = map_tensors(lambda tensor: _at_least_two(tensor.detach().cpu(), batch_size_of(given)), given)
     left = convert_in_place(copied, given).left if is_quantized(copied) else {}
     weights = list(integer_tensors(copied))

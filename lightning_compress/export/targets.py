@@ -63,7 +63,8 @@ def export(
     it is made of: convolutions and linear layers with activations quantized around them. 4-bit weights are for storage.
     In ONNX the bias of a quantized linear layer is int32, in steps of input scale times weight scale, and onnxruntime
     makes that of convolutions such; beside inputs of fewer than 8 bits, or where that would move outputs of a linear
-    layer by about a hundredth of their spread, it is added behind the layer in float.
+    layer by about a hundredth of their spread, it is added behind the layer in float. Networks in bfloat16 or float64
+    are written in float32 for all but ``"torch"``.
 
     Args:
         model: Any module, a LightningModule too; it is not changed.
@@ -94,7 +95,7 @@ def export(
         raise ConfigurationError(f"`path` is the folder {str(final)!r}; name a file in it")
     if int4 and target != "onnx":
         raise ConfigurationError(f"`int4` is for the target 'onnx', got target={target!r}")
-    prepared = prepare(model, example_inputs)
+    prepared = prepare(model, example_inputs, any_type=target == "torch")
     final.parent.mkdir(parents=True, exist_ok=True)
     return _write_aside(target, prepared, final, dynamic_batch=dynamic_batch, verify=verify, int4=int4)
 

@@ -29,9 +29,9 @@ def relative_difference(got: Sequence[Any], expected: Sequence[Tensor]) -> float
     """
     error = size = 0.0
     for mine, theirs in zip(got, expected, strict=True):
-        reference = theirs.detach().double().numpy()
-        error += float(np.square(np.asarray(mine, dtype=np.float64) - reference).sum())
-        size += float(np.square(reference).sum())
+        reference = theirs.detach().double()
+        error += float((torch.as_tensor(mine).detach().double() - reference).square().sum())
+        size += float(reference.square().sum())
     return float(np.sqrt(error / max(size, 1e-30))) if error else 0.0
 
 
@@ -73,7 +73,7 @@ def rounding_noise(prepared: Prepared) -> float:
 
     def change_of(inputs: Any) -> float:
         outputs = outputs_of(call(prepared.module, inputs))
-        return relative_difference([value.numpy() for value in outputs], outputs_of(prepared.expected))
+        return relative_difference(outputs, outputs_of(prepared.expected))
 
     is_a_function = change_of(prepared.inputs) == 0.0
     return change_of(tuple(map_tensors(moved, prepared.inputs))) if is_a_function else 0.0

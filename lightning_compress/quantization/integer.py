@@ -201,7 +201,7 @@ def _integers(layer: nn.Module, name: str, quantizer: Any, config: Mapping[str, 
         parametrize.remove_parametrizations(holder, attribute, leave_parametrized=True)
     weight = weight_of(layer, name).detach()
     with torch.device(weight.device):
-        made = IntegerTensor(tuple(weight.shape), **config)
+        made = IntegerTensor(tuple(weight.shape), **config).to(weight.dtype)
     scale, zero_point = quantizer.affine(weight)
     made.put(quantizer.quantize(weight), scale.expand(made.scale.shape), zero_point.expand(made.scale.shape))
     return made

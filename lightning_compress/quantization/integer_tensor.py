@@ -26,7 +26,7 @@ class IntegerTensor(nn.Module):
 
     Attributes:
         values: int8 or uint8 in that shape; of up to four bits, packed into bytes of uint8.
-        scale: float32, of shape (channels,) or ().
+        scale: float32, or the type that the module was moved to, of shape (channels,) or ().
         zero_point: int8 or uint8, of the same shape.
 
     >>> integers = IntegerTensor((2, 2), bits=4, axis=0)

@@ -520,3 +520,14 @@ def test_rounded_activations_alone_may_differ_as_integers_do(tmp_path) -> None:
     model = compress(Tiny(), PostTrainingQuantization(images(8), weights=None))
     assert prepare(model, images(2)).quantized
     assert not prepare(Tiny(), images(2)).quantized
+
+
+@pytest.mark.parametrize("convert_first", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_types_that_runtimes_lack_become_float32(convert_first: bool, tmp_path) -> None:
+    model, x = quantized().bfloat16(), images(2).bfloat16()
+    made = export(convert(model) if convert_first else model, tmp_path / "net", example_inputs=x)
+    with torch.no_grad():
+        assert same(run(made.path, x.float())[0], model(x).float(), 0.2)
+    assert model.head.weight.dtype == torch.bfloat16
+    linear = nn.Linear(4, 2).bfloat16()
+    assert export(linear, tmp_path / "linear", "torch", example_inputs=torch.ones(2, 4).bfloat16()).difference < 0.1

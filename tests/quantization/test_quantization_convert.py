@@ -198,6 +198,22 @@ def test_copies_half_precision_and_gradients() -> None:
     assert half(x.detach().bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("net", [Small, Words])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_networks_of_other_types_keep_them(net: type[nn.Module], dtype: torch.dtype, tmp_path) -> None:
+    model, x = ready(net)
+    model.to(dtype)
+    x = x.to(dtype) if x.is_floating_point() else x
+    converted = convert(model)
+    with torch.no_grad():
+        expected, got = model(x), converted(x)
+    assert got.dtype == dtype
+    assert (got - expected).square().mean().sqrt() <= (0.1 if dtype == torch.bfloat16 else 1e-6) * expected.std()
+    save_compressed(converted, tmp_path / "small.safetensors")
+    again = load_compressed(net().to(dtype), tmp_path / "small.safetensors").eval()
+    assert torch.equal(again(x), got)
+
+
 def test_tied_parametrized_and_masked_weights() -> None:
     class Half(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:
