@@ -163,8 +163,9 @@ class CompressionCallback(Method, Callback):
         if self._run is None or not overrides(self, "anticipate"):
             return
         timeline, t = self._run.timeline, self._clock.updates
-        late = (timeline.reached(t) or may_be_last_batch(trainer)) and not self.at_target
-        if timeline.due(t) or late or (batch_idx == 0 and self.at_target and self.pending(self._run.layers)):
+        last = may_be_last_batch(trainer)
+        late = (timeline.reached(t) or last) and not self.at_target
+        if timeline.due(t) or late or ((batch_idx == 0 or last) and self.at_target and self.pending(self._run.layers)):
             self.anticipate(self._run.layers)
 
     @final
@@ -188,8 +189,8 @@ class CompressionCallback(Method, Callback):
         applied, t = self._clock.tick(trainer), self._clock.updates - 1
         last = is_last_batch(trainer)
         amount = self._due_amount(self._run.timeline, t, last) if applied or last else None
-        if applied and amount is None and batch_idx == 0 and self.at_target and self.pending(self._run.layers):
-            amount = self._amount
+        if applied and amount is None and (batch_idx == 0 or last) and self.at_target:
+            amount = self._amount if self.pending(self._run.layers) else None
         if amount is not None:
             with torch.no_grad():
                 self._change(self._run.layers, amount, trainer.current_epoch)

@@ -293,7 +293,7 @@ def test_compress_binarizes_a_trained_model_at_once():
 @pytest.mark.parametrize("callback", [Binarization(select=Select()), Ternarization(select=Select())])
 def test_weights_that_are_no_numbers_are_named(callback):
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    net[1].weight.data[0, 0] = float("nan")  # whose sign is -1, like that of any number that is not above 0
+    net[1].weight.data[0, 0] = float("nan")
     with pytest.raises(lc.ConfigurationError, match=r"`1\.weight` holds NaN or infinity"):
         lc.compress(net, callback)
 

@@ -308,6 +308,31 @@ def test_frozen_weights_wait_until_they_are_unfrozen() -> None:
     assert clusters(model.first.weight) == 4
 
 
+def test_weights_that_are_unfrozen_in_the_last_epoch_are_shared_at_its_end() -> None:
+    class Thaw(Net):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.first.weight.requires_grad_(self.global_step >= 2)
+
+    model = Thaw()
+    model.first.weight.requires_grad_(False)
+    fit(model, WeightSharing(2, at(0)), max_epochs=1)
+    assert model.first.weight.requires_grad
+    assert clusters(model.first.weight) == 4
+
+
+def test_weights_that_are_frozen_until_the_first_batch_of_a_resumed_run_stay_in_their_cluster() -> None:
+    net, held = nn.Sequential(nn.Linear(2, 1), nn.Linear(2, 1)), HeldCodes()
+    layers = held.find(net, Selection({"0": net[0], "1": net[1]})).layers
+    held.groups = dict.fromkeys(held.groups, "all")
+    codes = torch.tensor([0, 1])
+    held.share(layers, {"0.weight": codes, "1.weight": codes}, "all", torch.tensor([1.0, 2.0]))
+    net[1].weight.requires_grad_(False)
+    held.tie(layers)
+    assert held.members.keys() == {"0.weight", "1.weight"}
+    held.let_go(layers)  # what a step does
+    assert held.members.keys() == {"0.weight"}
+
+
 def test_weights_that_are_unfrozen_later_join_the_global_codebook() -> None:
     class Thaw(Net):
         def on_train_epoch_start(self) -> None:
@@ -549,9 +574,17 @@ def test_squared_gradients_are_collected_without_reading_them_and_leave_out_step
     for first, second in (([1.0, float("inf")], 9.0), ([1.0, 2.0], 3.0), ([2.0, 0.0], float("nan")), ([1.0, 1.0], 1.0)):
         net[0].weight.grad, net[1].weight.grad = torch.tensor([first]), torch.tensor([[second]])
         with NoReads():
-            callback.observe(layers)
+            callback.before_step(layers, torch.optim.SGD(net.parameters()), 2.0)
     squares = {key: value.tolist() for key, value in callback.values().items() if key.startswith("squares:")}
-    assert squares == {"squares:0.weight": [[2.0, 5.0]], "squares:1.weight": [[10.0]]}
+    assert squares == {"squares:0.weight": [[0.5, 1.25]], "squares:1.weight": [[2.5]]}
+
+
+def test_squared_gradients_are_those_that_an_optimizer_steps_by() -> None:
+    net, callback = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1)), WeightSharing(2, at(3), importance="gradients")
+    layers = callback.choose(net).layers
+    net[0].weight.grad, net[1].weight.grad = torch.ones(1, 2), torch.ones(1, 1)  # of another optimizer's loss
+    callback.before_step(layers, torch.optim.SGD(net[0].parameters()), 1.0)
+    assert [key for key in callback.values() if key.startswith("squares:")] == ["squares:0.weight"]
 
 
 class TwoOptimizers(Net):

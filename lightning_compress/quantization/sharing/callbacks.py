@@ -165,23 +165,13 @@ class WeightSharing(CompressionCallback):
             rows.append(PlanRow(self._rule_of.get(key, "select"), key, shape_of(weight), action))
         return rows
 
-    def observe(self, layers: Layers) -> None:
-        """Collect squared gradients, if the importance is made of them and weights are to be shared yet."""
-        if self.importance != "gradients":
-            return
-        grads = {k: w.grad for k, w in self._held.unshared(layers).items() if w.grad is not None}
-        if not grads:
-            return
-        device = next(iter(grads.values())).device
-        fine = torch.stack([torch.isfinite(grad).all().to(device) for grad in grads.values()]).all()
-        for key, grad in grads.items():  # else the gradient scaler skips the step; the device is not asked
-            square = torch.where(fine.to(grad.device), grad.float().square(), 0.0)
-            self._squares[key] = self._squares[key].add_(square) if key in self._squares else square
-
     def before_step(self, layers: Layers, optimizer: Optimizer, scale: float) -> None:
-        """Give every weight the gradient of its shared value."""
+        """Look at the gradients that an optimizer steps by, and give every weight the one of its shared value."""
         self._held.let_go(layers if self._run is None else self._run.layers)
-        self._held.share_gradients(self._held.moved_by(layers, optimizer), self.gradient)
+        moved = self._held.moved_by(layers, optimizer)
+        if self.importance == "gradients":
+            self._collect(moved, scale)
+        self._held.share_gradients(moved, self.gradient)
 
     def update(self, layers: Layers, amount: float) -> None:
         """Cluster what is not shared yet and put it on its centroids."""
@@ -253,6 +243,17 @@ class WeightSharing(CompressionCallback):
             size += float(before.square().sum())
             distance += float((after - before).square().sum())
         self._error, self._squares = distance / size if size else 0.0, {}
+
+    def _collect(self, layers: Layers, scale: float = 1.0) -> None:
+        """Add up squared gradients of weights that are to be shared yet."""
+        grads = {k: w.grad for k, w in self._held.unshared(layers).items() if w.grad is not None}
+        if not grads:
+            return
+        device = next(iter(grads.values())).device
+        fine = torch.stack([torch.isfinite(grad).all().to(device) for grad in grads.values()]).all()
+        for key, grad in grads.items():  # else the gradient scaler skips the step; the device is not asked
+            square = torch.where(fine.to(grad.device), (grad.float() / scale).square(), 0.0)
+            self._squares[key] = self._squares[key].add_(square) if key in self._squares else square
 
     def _cluster(
         self, layers: Layers, group: str, weights: Mapping[str, Tensor], importance: Mapping[str, Tensor]

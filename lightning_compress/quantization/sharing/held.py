@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -118,15 +118,18 @@ class HeldCodes:
         return {path: layer for path, layer in layers.items() if path in mine}
 
     def let_go(self, layers: Layers) -> None:
-        """Let go of frozen weights in codebooks that others train, so that they keep their values.
+        """Let go of frozen weights in codebooks that others train, before these step, so that they keep their values.
 
         Such a weight is as one that was never shared: once it is unfrozen, it can join its codebook again.
         """
+        for key in self._resting(layers):
+            del self.members[key]
+
+    def _resting(self, layers: Layers) -> list[str]:
+        """Return the paths of frozen weights in codebooks that others train."""
         held = {key: weight.requires_grad for key, weight in self.weights(layers).items() if key in self.members}
         moving = {self.groups[key] for key, trains in held.items() if trains}
-        for key, trains in held.items():
-            if not trains and self.groups[key] in moving:
-                del self.members[key]
+        return [key for key, trains in held.items() if not trains and self.groups[key] in moving]
 
     def share_gradients(self, layers: Layers, how: str = "sum") -> None:
         r"""Give every weight of a cluster the gradient of the shared value, and pruned weights none.
@@ -160,10 +163,10 @@ class HeldCodes:
         """Make the weights of each cluster equal, and pruned ones zero.
 
         Equal ones stay as they are, to the bit. Where they differ (rounding, averaged weights) all take their mean. A
-        weight that something else has set to zero since is pruned, and stays so.
+        weight that something else has set to zero since is pruned, and stays so. Frozen weights in codebooks that
+        others train keep their values; whether they are frozen when those step is not known yet.
         """
-        self.let_go(layers)
-        for group, pool in self._pools(layers).items():
+        for group, pool in self._pools(layers, self._resting(layers)).items():
             tie_values(self.sizes[group], pool)
 
     def tie_state(self, state_dict: Mapping[str, Any]) -> None:
@@ -236,14 +239,14 @@ class HeldCodes:
             self.members[key] = Members.of(value.long() - 1).to(weights[key].device)
         self._loaded = {}
 
-    def _pools(self, layers: Layers) -> dict[str, list[tuple[nn.Parameter, Members]]]:
+    def _pools(self, layers: Layers, without: Collection[str] = ()) -> dict[str, list[tuple[nn.Parameter, Members]]]:
         """Return shared weights and their clusters, those of one codebook together, on the weights' devices.
 
         What is zero by now has been pruned by something else, and is dropped.
         """
         pools: dict[str, list[tuple[nn.Parameter, Members]]] = {}
         for key, weight in self.weights(layers).items():
-            if key in self.members:
+            if key in self.members and key not in without:
                 members = self.members[key] = self.members[key].to(weight.device)
                 members.drop(weight)
                 pools.setdefault(self.groups[key], []).append((weight, members))

@@ -132,6 +132,7 @@ class SoftWeightSharing(CompressionCallback):
 
     def before_step(self, layers: Layers, optimizer: Optimizer, scale: float) -> None:
         """Add the prior's gradient and move the mixture; once values are shared, give clusters their gradient."""
+        self._held.let_go(layers if self._run is None else self._run.layers)
         layers = self._held.moved_by(layers, optimizer)
         self._held.share_gradients(layers)
         weights = {key: w for key, w in self._held.unshared(layers).items() if w.grad is not None}
