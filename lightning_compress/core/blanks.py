@@ -41,9 +41,11 @@ class Blanks(ABC):
     comes_last: ClassVar[bool] = False
     """Whether no other method can edit what this one leaves."""
     prunes_after_fit: ClassVar[bool] = False
-    """Whether :meth:`finalize` prunes or cuts layers, which must still be those that were trained."""
+    """Whether :meth:`finalize` prunes, cuts or bakes layers, which must still be those that were trained."""
     replaces_after_fit: bool = False
     """Whether :meth:`finalize` puts other layers in the place of those that were trained, or quantizes them."""
+    remakes_after_fit: bool = False
+    """Whether :meth:`finalize` makes new weights of all that a layer has, so that zeros and shared values are lost."""
 
     needs_example: ClassVar[bool] = True
     """Whether :meth:`examine` cannot do without one batch; else it may get ``None``."""

@@ -30,7 +30,7 @@ from lightning_compress.core.errors import CompressionError, ConfigurationError,
 from lightning_compress.core.examples import own_example
 from lightning_compress.core.hooks import forget_undo, install_hooks, journal_of, keep_undo
 from lightning_compress.core.method import Method, apply_all, overrides
-from lightning_compress.core.pairs import check_layers
+from lightning_compress.core.pairs import check_layers, check_places
 from lightning_compress.core.plan import PlanRow, render_plan
 from lightning_compress.core.run import Layers, Run
 from lightning_compress.core.schedule import Schedule
@@ -128,6 +128,7 @@ class CompressionCallback(Method, Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the edits final: a checkpoint would have been loaded by now, and all callbacks know their layers."""
         check_layers(self, callbacks_of(trainer))
+        check_places(self, callbacks_of(trainer), self.layers(pl_module))
         forget_undo(pl_module)
         if self._edited and trainer.ckpt_path is None:
             copy_again(trainer, pl_module, self)

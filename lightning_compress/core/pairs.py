@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from lightning_compress.core.chain import check_chain
 from lightning_compress.core.errors import ConfigurationError
@@ -71,6 +72,38 @@ def check_layers(
                 f"{type(method).__name__} and {type(other).__name__} would both hold the weights of "
                 f"{', '.join(map(repr, both[:3]))}{' ...' if len(both) > 3 else ''} at values of their own; give each "
                 "layers of its own with `select`, or remove one of them"
+            )
+
+
+def check_places(method: Method, beside: Sequence[object], layers: Mapping[str, Any]) -> None:
+    """Refuse a method whose layers a later one has replaced before training, or will make anew after it.
+
+    Args:
+        method: One of ``beside``.
+        beside: All callbacks of a Trainer, in their order.
+        layers: Those of the method by path, as all callbacks have left them.
+
+    Raises:
+        ConfigurationError: For the first such other one; names the layers.
+    """
+    mine = next(position for position, other in enumerate(beside) if other is method)
+    holds = overrides(method, "enforce") and not overrides(method, "finalize")
+    for position, other in enumerate(beside):
+        if other is method or not isinstance(other, Method):
+            continue
+        both = [path for path in layers if path and path in other.selected]
+        here, there = type(method).__name__, type(other).__name__
+        named = f"{', '.join(map(repr, both[:3]))}{' ...' if len(both) > 3 else ''}"
+        replaced = [path for path in both if method.supported and not isinstance(layers[path], method.supported)]
+        if replaced and position > mine and overrides(other, "prepare"):
+            raise ConfigurationError(
+                f"`callbacks` has {there} after {here}, and replaces {', '.join(map(repr, replaced[:3]))}, which "
+                f"{here} had chosen; put {there} before {here}"
+            )
+        if both and holds and other.remakes_after_fit:
+            raise ConfigurationError(
+                f"{there} makes new weights of {named} after fit, so that what {here} holds in them while they train "
+                f"would be lost; give {there} a fit of its own, before, or each layers of its own with `select`"
             )
 
 

@@ -49,9 +49,14 @@ class Target:
 
     def weight(self, layers: Mapping[str, nn.Module]) -> nn.Parameter:
         """Return the parameter itself."""
-        parameter = getattr(layers[self.layer], self.name)
-        if not isinstance(parameter, nn.Parameter):
-            raise ConfigurationError(f"{self.key!r} is no longer a parameter; something replaced it during the run")
+        layer = layers[self.layer]
+        parameter = dict(layer.named_parameters(recurse=False)).get(self.name)
+        if parameter is None:
+            how = "is parametrized" if parametrize.is_parametrized(layer, self.name) else "is no parameter"
+            raise ConfigurationError(
+                f"{self.key!r} {how} now, as another callback left it after this one had chosen it; put that one "
+                "before this one, which then leaves the layer alone, or give each layers of its own with `select`"
+            )
         return parameter
 
 

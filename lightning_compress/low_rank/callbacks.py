@@ -108,7 +108,8 @@ class LowRank(CompressionCallback):
         check_batches(batches, self.factors.samples)
         if self.factors.keep == "outputs" and batches is None:
             raise ConfigurationError("`factors` keeps `outputs`, which takes data: give calibration `batches` too")
-        self.when, self.batches, self.replaces_after_fit = when, batches, when == "after"
+        self.when, self.batches = when, batches
+        self.replaces_after_fit = self.remakes_after_fit = when == "after"
         self._search = self._searches_with(self.goal, self.factors, batches)
         self._methods: dict[str, str] = {}
 

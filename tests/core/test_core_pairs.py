@@ -82,6 +82,14 @@ def sharing() -> WeightSharing:
     return WeightSharing(2)
 
 
+def before() -> LowRank:
+    return LowRank(factors=2, when="before")
+
+
+def after() -> LowRank:
+    return LowRank(factors=2)
+
+
 @pytest.mark.parametrize("way", [in_trainer, at_once])
 @pytest.mark.parametrize(
     ("methods", "message"),
@@ -105,6 +113,30 @@ def test_both_ways_refuse_the_same_pairs(
 ) -> None:
     with pytest.raises(ConfigurationError, match=message):
         way(*(build() for build in methods))
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ((sharing, before), "has LowRank after WeightSharing, and replaces 'net.0', 'net.2', which"),
+        ((FixedPointTraining, before), "put LowRank before FixedPointTraining"),
+        (
+            (sharing, after),
+            "LowRank makes new weights of 'net.0', 'net.2', 'net.4' after fit, so that what WeightSharing",
+        ),
+        ((after, lambda: IterativePruning(0.5)), "so that what IterativePruning holds in them while they train would"),
+        ((after, Binarization), "put Binarization before LowRank"),
+        (
+            (lambda: IterativePruning(0.5), Binarization),
+            r"'net\.2\.weight' is parametrized now, as another callback",
+        ),
+    ],
+)
+def test_layers_that_another_one_replaces_or_makes_anew_are_named_before_training(
+    methods: tuple[Callable[[], Any], ...], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        in_trainer(*(build() for build in methods))
 
 
 def test_layers_of_their_own_are_no_conflict_and_nothing_is_changed_before_the_refusal() -> None:

@@ -49,6 +49,7 @@ class FewLevelsCallback(CompressionCallback):
 
     supported: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
     conflicts_with: ClassVar[tuple[type[Callback], ...]] = (ModelPruning,)
+    prunes_after_fit: ClassVar[bool] = True
 
     def __init__(self, schedule: Schedule | None, select: Select | None, name: str | None) -> None:
         schedule = Schedule(final=1.0, initial=1.0, shape="once") if schedule is None else schedule
