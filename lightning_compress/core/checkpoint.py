@@ -285,7 +285,8 @@ def _check_tensors(structure: nn.Module, container: Container) -> None:
         if not isinstance(own[key], Tensor):
             problems.append(f"{key!r} of the model is {type(own[key]).__name__}, not a tensor")
         elif tuple(own[key].shape) != held.shape:
-            problems.append(f"{key!r} has shape {list(held.shape)} in the file, {list(own[key].shape)} in the model")
+            shown = f"{list(held.shape)}"[:80]
+            problems.append(f"{key!r} has shape {shown} in the file, {list(own[key].shape)} in the model")
         elif own[key].requires_grad and not (held.dtype.is_floating_point or held.dtype.is_complex):
             problems.append(f"{key!r} is {held.dtype} in the file, but requires gradients in the model")
     if problems:

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_compress import (
+    Binarization,
     ConfigurationError,
+    FixedPointTraining,
     IterativePruning,
     OptimalBrainCompression,
     Schedule,
@@ -471,8 +473,19 @@ def test_sparse_gradients_are_left_alone() -> None:
         compress(nn.Sequential(nn.Embedding(5, 4, sparse=True)), WeightSharing(2))
 
 
+def test_complex_weights_are_left_alone() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.complex64), nn.Linear(4, 4))
+    for method in (WeightSharing(1), Binarization("bwn", select=Select()), FixedPointTraining([2, 2], None, None)):
+        small = compress(net, method)
+        assert torch.equal(small[1].weight, net[1].weight)
+        assert not torch.equal(small[0].weight, net[0].weight)
+        with pytest.raises(SelectionError, match="complex"):
+            compress(nn.Sequential(net[1]), method)
+
+
 def test_fisher_weights_are_the_hessian_of_a_quadratic_loss() -> None:
     # one input of size 10 matters 10,000 times as much: its weights, small ones, get most of the clusters
+    torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 64, bias=False))
     net[0].weight.data[:, 0] *= 0.1
     x = torch.randn(40, 4, generator=torch.Generator().manual_seed(1)) * torch.tensor([10.0, 0.1, 0.1, 0.1])

@@ -41,4 +41,6 @@ def why_held(layer: nn.Module, owners: Mapping[int, int]) -> str:
         return "kept: its weight is no parameter, a hook computes it (the old weight norm, or torch's pruning)"
     if owners.get(id(real_weight(layer)), 0) > 1:
         return "kept: its weight is shared with another module"
+    if real_weight(layer).is_complex():
+        return "kept: its weight is complex, and has no sign"
     return ""

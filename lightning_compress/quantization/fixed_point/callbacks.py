@@ -98,11 +98,7 @@ class FixedPointTraining(CompressionCallback):
     def choose(self, root: nn.Module) -> Selection:
         """Select as ``select`` says, but for layers without parameters of their own (parametrized ones)."""
         selection = super().choose(root)
-        left = {
-            path: "kept: its weight is parametrized, so rounded values could not be held"
-            for path, layer in selection.layers.items()
-            if "weight" not in dict(layer.named_parameters(recurse=False))
-        }
+        left = {path: why for path, layer in selection.layers.items() if (why := _why_kept(layer))}
         if len(left) == len(selection.layers):
             raise SelectionError(
                 f"no layer is left to round: {'; '.join(f'{p}: {why}' for p, why in left.items())}. Choose others with "
@@ -179,6 +175,14 @@ def _tensors(layers: Layers) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 FixedPointTraining.conflicts_on_layers += (FixedPointTraining,)
+
+
+def _why_kept(layer: nn.Module) -> str:
+    """Return why a layer's weight cannot be rounded; empty if it can."""
+    weight = dict(layer.named_parameters(recurse=False)).get("weight")
+    if weight is None:
+        return "kept: its weight is parametrized, so rounded values could not be held"
+    return "kept: its weight is complex" if weight.is_complex() else ""
 
 
 def _format(bits: Sequence[int], name: str) -> FixedPoint:

@@ -67,7 +67,9 @@ class HeldCodes:
         targets, reasons = find_targets(root, selection.layers, "shared")
         sparse = {t.key for t in targets if getattr(selection.layers[t.layer], "sparse", False)}
         reasons |= dict.fromkeys(sparse, "kept: its gradients are sparse, so a cluster could not move as one")
-        self.targets = [target for target in targets if target.key not in sparse]
+        plane = {t.key for t in targets if t.weight(selection.layers).is_complex()}
+        reasons |= dict.fromkeys(plane, "kept: its values are complex, and clusters are found on a line")
+        self.targets = [target for target in targets if target.key not in sparse | plane]
         if not self.targets:
             why = "; ".join(f"{key}: {reason}" for key, reason in reasons.items())
             raise SelectionError(f"no tensor of the selected layers can be shared: {why}")
