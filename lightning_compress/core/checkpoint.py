@@ -105,7 +105,8 @@ def load_compressed(model: ModuleT, path: str | Path) -> ModuleT:
     Everything is checked on a copy of the structure without memory first: a load that fails changes nothing.
 
     Args:
-        model: The bare architecture, or one that has some of the file's edits already.
+        model: The bare architecture, or one that has some of the file's edits already; the ``configure_model`` of a
+            LightningModule is called first.
         path: From :func:`save_compressed`.
 
     Returns:
@@ -118,10 +119,13 @@ def load_compressed(model: ModuleT, path: str | Path) -> ModuleT:
     """
     _check_arguments(model, path)
     container = read_container(path)
+    lightning_module: Any = model
+    if hasattr(model, "configure_model") and hasattr(model, "on_load_checkpoint"):
+        lightning_module.configure_model()
     missing = _journal(container).missing_from(journal_of(model))
     _check_memory(model)
     allowed = _check_expansion(model, container)
-    structure = _edited_copy(model, missing) if missing else model
+    structure = _edited_copy(model, missing, container.path) if missing else model
     _check_tensors(structure, container)
     try:
         state = unpack_state(container.tensors, allowed)
@@ -252,7 +256,7 @@ def _check_memory(model: nn.Module) -> None:
             )
 
 
-def _edited_copy(model: nn.Module, edits: Iterable[Edit]) -> nn.Module:
+def _edited_copy(model: nn.Module, edits: Iterable[Edit], path: Path) -> nn.Module:
     """Return the structure of ``model`` after ``edits``, with every tensor on the ``meta`` device."""
     try:
         structure = structure_copy(model, lambda tensor: torch.empty_like(tensor, device="meta"), share=True)
@@ -260,9 +264,15 @@ def _edited_copy(model: nn.Module, edits: Iterable[Edit]) -> nn.Module:
         raise ConfigurationError(
             f"`model` cannot be copied to try the file's edits on it ({error}); load before you attach such objects"
         ) from error
-    with torch.device("meta"):
-        for edit in edits:
-            apply(structure, edit)
+    try:
+        with torch.device("meta"):
+            for edit in edits:
+                apply(structure, edit)
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"{str(path)!r} was written for another network than this {type(model).__name__}: {error}. "
+            "Build the architecture with the arguments it was saved with"
+        ) from error
     return structure
 
 

@@ -123,13 +123,19 @@ def _replay_journal(
         for edit in missing:
             apply(module, edit)
         return
-    if current and not _is_part(state_dict, prefix, module):
+    if current and (_resumes(module) or not _is_part(state_dict, prefix, module)):
         raise JournalMismatchError(
             f"this state_dict was saved before {len(current)} structure edits of the model (the first is "
             f"{current.edits[0]!s}), so its tensors do not fit. Load it into a model that was built anew from its "
-            "class; to test an older checkpoint, do so before the edits, or on `callback.compressed`'s original"
+            "class; to test an older checkpoint, do so before the edits, or on `callback.compressed`'s original; to go "
+            "on from its weights, load them with `load_from_checkpoint` and fit without `ckpt_path`"
         )
     _replay_parts(module, state_dict, prefix)
+
+
+def _resumes(module: Any) -> bool:
+    """Return whether a Trainer restores the whole of ``module``: between ``setup`` and the start of a resumed fit."""
+    return id(module) in _UNDO and module.strict_loading and module.trainer.ckpt_path is not None
 
 
 def _is_part(state_dict: Mapping[str, Any], prefix: str, module: nn.Module) -> bool:

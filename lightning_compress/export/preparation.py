@@ -72,13 +72,21 @@ def prepare(model: nn.Module, example_inputs: Any, any_type: bool = True) -> Pre
         any_type: Whether bfloat16 and float64 may stay; runtimes lack kernels for them, and get float32.
 
     Raises:
-        ConfigurationError: If there are no example inputs, or the model cannot run on them.
+        ConfigurationError: If there are no example inputs, they hold nothing or NaN, or the model cannot run on them.
     """
     given = own_example(model) if example_inputs is None else example_inputs
     if given is None:
         raise ConfigurationError(
             "`example_inputs`: an export runs the model once; pass one batch, or set the module's `example_input_array`"
         )
+    for tensor in tensors_in(given):
+        empty = tensor.shape[:1] == (0,)
+        if empty or tensor.isnan().any():
+            held = "no samples" if empty else "NaN"
+            raise ConfigurationError(
+                f"`example_inputs` must hold numbers to compare the file with, got {held} in a tensor of shape "
+                f"{list(tensor.shape)}; pass a batch of real inputs"
+            )
     copied = full_copy(original(model)).cpu().eval()
     scales = [weight.scale for weight in integer_tensors(copied)]
     if not any_type and _RARE & {value.dtype for value in (*copied.parameters(), *scales)}:

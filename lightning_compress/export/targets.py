@@ -91,12 +91,18 @@ def export(
         raise ConfigurationError(f"`path` must be the name of a file, got {path!r}")
     ending = _WRITERS[target][0]
     final = Path(path) if Path(path).suffix == ending else Path(f"{path}{ending}")
-    if final.is_dir():
-        raise ConfigurationError(f"`path` is the folder {str(final)!r}; name a file in it")
+    folder = next((each for each in (Path(path), final) if each.is_dir()), None)
+    if folder is not None:
+        raise ConfigurationError(f"`path` is the folder {str(folder)!r}; name a file in it")
     if int4 and target != "onnx":
         raise ConfigurationError(f"`int4` is for the target 'onnx', got target={target!r}")
     prepared = prepare(model, example_inputs, any_type=target == "torch")
-    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"`path`: the folder of {str(final)!r} cannot be made ({error}); name another"
+        ) from error
     return _write_aside(target, prepared, final, dynamic_batch=dynamic_batch, verify=verify, int4=int4)
 
 

@@ -464,3 +464,30 @@ def test_the_result_of_saving_is_readable(tmp_path: Path):
     info = save_compressed(torchvision.models.resnet18(), tmp_path / "file")
     assert len(info.tensors) == 122
     assert len(repr(info)) < 500, "an interactive session prints it"
+
+
+class Late(BoringModel):
+    """Builds its layer when it is asked to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = None
+
+    def configure_model(self) -> None:
+        if self.layer is None:
+            self.layer = nn.Linear(32, 2)
+
+
+def test_layers_of_configure_model_are_built_first(tmp_path: Path):
+    model = Late()
+    model.configure_model()
+    save_compressed(model, tmp_path / "model.safetensors")
+    assert torch.equal(load_compressed(Late(), tmp_path / "model.safetensors").layer.weight, model.layer.weight)
+
+
+def test_edits_of_another_network_name_the_file(tmp_path: Path):
+    model = nn.Sequential(nn.Linear(4, 2))
+    apply(model, Edit("slice", "0", "weight", {"tensors": {"weight": {"0": [0]}}, "attributes": {"out_features": 1}}))
+    save_compressed(model, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigurationError, match=r"model.safetensors' was written for another network than this ReLU"):
+        load_compressed(nn.ReLU(), tmp_path / "model.safetensors")

@@ -8,9 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_compress import QuantizationAwareTraining
 from lightning_compress.core.errors import JournalMismatchError
 from lightning_compress.core.hooks import JOURNAL_KEY, forget_undo, install_hooks, journal_of, keep_undo
 from lightning_compress.core.journal import Edit
@@ -283,3 +286,20 @@ def test_random_slices_reload_on_a_bare_model(cuts: list[tuple[int, set[int]]]) 
     target.load_state_dict(source.state_dict())
     assert torch.equal(source(X), target(X))
     assert journal_of(source) == journal_of(target)
+
+
+def test_fit_refuses_to_resume_from_the_float_model(tmp_path) -> None:
+    """All its keys fit a fake-quantized model, and only those of quantizers are missing."""
+
+    def trainer(epochs: int, *callbacks: QuantizationAwareTraining) -> Trainer:
+        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        limits = {"max_epochs": epochs, "limit_train_batches": 2, "limit_val_batches": 0}
+        return Trainer(callbacks=list(callbacks), accelerator="cpu", **limits, **quiet)
+
+    before = trainer(1)
+    before.fit(BoringModel())
+    before.save_checkpoint(tmp_path / "float.ckpt")
+    with pytest.raises(JournalMismatchError, match=r"saved before .*quantized.*`load_from_checkpoint` and fit without"):
+        trainer(2, QuantizationAwareTraining()).fit(BoringModel(), ckpt_path=tmp_path / "float.ckpt")
+    module = BoringModel.load_from_checkpoint(tmp_path / "float.ckpt")
+    trainer(2, QuantizationAwareTraining()).fit(module)

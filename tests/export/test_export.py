@@ -493,9 +493,17 @@ def test_bad_input_is_named(tmp_path) -> None:
         ({"target": "torch", "int4": True}, "`int4` is for the target 'onnx'"),
         ({"example_inputs": None}, "`example_inputs`: an export runs the model once"),
         ({"example_inputs": torch.ones(2, 3)}, "`example_inputs`: the model cannot run on them"),
+        ({"example_inputs": torch.ones(0, 2)}, "`example_inputs` must hold .* got no samples"),
+        ({"example_inputs": x / 0 - x / 0}, "`example_inputs` must hold .* got NaN"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             export(layer, tmp_path / "net", **{"example_inputs": x, **arguments})
+    with pytest.raises(ConfigurationError, match="`path` is the folder"):
+        export(layer, tmp_path, example_inputs=x)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match=r"`path`: the folder of .* cannot be made"):
+        export(layer, tmp_path / "file" / "net", example_inputs=x)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
     with pytest.raises(ConfigurationError, match="`model` must be a torch"):
         export(lambda x: x, tmp_path / "net", example_inputs=x)
     with pytest.raises(ConfigurationError, match="`path` must be the name of a file"):
@@ -531,3 +539,10 @@ def test_types_that_runtimes_lack_become_float32(convert_first: bool, tmp_path) 
     assert model.head.weight.dtype == torch.bfloat16
     linear = nn.Linear(4, 2).bfloat16()
     assert export(linear, tmp_path / "linear", "torch", example_inputs=torch.ones(2, 4).bfloat16()).difference < 0.1
+
+
+def test_outputs_of_infinity_are_compared_too() -> None:
+    """Masked scores are such."""
+    scores = torch.tensor([1.0, -torch.inf])
+    assert verification.relative_difference([scores.numpy()], [scores]) == 0.0
+    assert not verification.relative_difference([np.array([1.0, 0.0])], [scores]) < np.inf
