@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
@@ -26,6 +27,8 @@ PRUNABLE: tuple[type[nn.Module], ...] = (
     nn.MultiheadAttention,
 )
 """Layer types with weight matrices or kernels; biases, norms and embeddings are not among them."""
+
+_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,17 @@ def find_targets(
                 continue
             targets[id(weight)] = Target(path, name, tuple(others))
     return list(targets.values()), left
+
+
+def why_no_numbers(weight: Tensor) -> str:
+    """Return why nothing can be computed with a weight as with a real number; empty if it can.
+
+    >>> why_no_numbers(nn.Linear(2, 4, dtype=torch.complex64).weight)
+    'kept: its type is complex64, not a real number of 16 bits or more'
+    """
+    if weight.dtype not in _REAL:
+        return f"kept: its type is {str(weight.dtype).removeprefix('torch.')}, not a real number of 16 bits or more"
+    return "" if weight.numel() else "kept: it is empty"
 
 
 def shape_of(weight: Tensor) -> str:

@@ -473,14 +473,26 @@ def test_sparse_gradients_are_left_alone() -> None:
         compress(nn.Sequential(nn.Embedding(5, 4, sparse=True)), WeightSharing(2))
 
 
-def test_complex_weights_are_left_alone() -> None:
-    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.complex64), nn.Linear(4, 4))
+@pytest.mark.parametrize(
+    ("odd", "words"),
+    [
+        (nn.Linear(4, 4, dtype=torch.complex64), "its type is complex64"),
+        (nn.Linear(4, 4).requires_grad_(False).to(torch.float8_e4m3fn), "its type is float8_e4m3fn"),
+        (nn.ConvTranspose1d(1, 4, 1).requires_grad_(False), "it is empty"),
+    ],
+    ids=["complex", "float8", "empty"],
+)
+def test_weights_that_are_no_real_numbers_are_left_alone(odd: nn.Module, words: str) -> None:
+    if words == "it is empty":
+        odd.weight.data = odd.weight.data[:0]
+    net = nn.Sequential(nn.Linear(4, 4), odd, nn.Linear(4, 4))
     for method in (WeightSharing(1), Binarization("bwn", select=Select()), FixedPointTraining([2, 2], None, None)):
         small = compress(net, method)
-        assert torch.equal(small[1].weight, net[1].weight)
+        assert small[1].weight.dtype == odd.weight.dtype
+        assert torch.equal(small[1].weight.view(torch.uint8), odd.weight.view(torch.uint8))
         assert not torch.equal(small[0].weight, net[0].weight)
-        with pytest.raises(SelectionError, match="complex"):
-            compress(nn.Sequential(net[1]), method)
+        with pytest.raises(SelectionError, match=words):
+            compress(nn.Sequential(odd), method)
 
 
 def test_fisher_weights_are_the_hessian_of_a_quadratic_loss() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lightning_compress.core.targets import why_no_numbers
 from lightning_compress.quantization.binary.layers import FewLevels
 
 
@@ -41,6 +42,4 @@ def why_held(layer: nn.Module, owners: Mapping[int, int]) -> str:
         return "kept: its weight is no parameter, a hook computes it (the old weight norm, or torch's pruning)"
     if owners.get(id(real_weight(layer)), 0) > 1:
         return "kept: its weight is shared with another module"
-    if real_weight(layer).is_complex():
-        return "kept: its weight is complex, and has no sign"
-    return ""
+    return why_no_numbers(real_weight(layer))

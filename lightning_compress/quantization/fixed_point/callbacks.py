@@ -21,6 +21,7 @@ from lightning_compress.core.plan import PlanRow
 from lightning_compress.core.run import Layers
 from lightning_compress.core.schedule import Schedule
 from lightning_compress.core.select import Select, Selection
+from lightning_compress.core.targets import why_no_numbers
 from lightning_compress.quantization.binary.callbacks import FewLevelsCallback
 from lightning_compress.quantization.fixed_point.functions import ROUNDINGS, FixedPoint, round_to
 from lightning_compress.quantization.fixed_point.layers import has_fixed_point
@@ -182,7 +183,7 @@ def _why_kept(layer: nn.Module) -> str:
     weight = dict(layer.named_parameters(recurse=False)).get("weight")
     if weight is None:
         return "kept: its weight is parametrized, so rounded values could not be held"
-    return "kept: its weight is complex" if weight.is_complex() else ""
+    return why_no_numbers(weight)
 
 
 def _format(bits: Sequence[int], name: str) -> FixedPoint:

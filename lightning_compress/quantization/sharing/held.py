@@ -13,7 +13,7 @@ from lightning_compress.core.errors import ConfigurationError, SelectionError, d
 from lightning_compress.core.paths import clean_path
 from lightning_compress.core.run import Layers
 from lightning_compress.core.select import Selection
-from lightning_compress.core.targets import PRUNABLE, Target, find_targets
+from lightning_compress.core.targets import PRUNABLE, Target, find_targets, why_no_numbers
 from lightning_compress.quantization.optimizers import holders
 from lightning_compress.quantization.sharing.members import Members, sum_gradients, tie_values
 from lightning_compress.quantization.sharing.rates import entropy_bits
@@ -67,9 +67,9 @@ class HeldCodes:
         targets, reasons = find_targets(root, selection.layers, "shared")
         sparse = {t.key for t in targets if getattr(selection.layers[t.layer], "sparse", False)}
         reasons |= dict.fromkeys(sparse, "kept: its gradients are sparse, so a cluster could not move as one")
-        plane = {t.key for t in targets if t.weight(selection.layers).is_complex()}
-        reasons |= dict.fromkeys(plane, "kept: its values are complex, and clusters are found on a line")
-        self.targets = [target for target in targets if target.key not in sparse | plane]
+        unfit = {t.key: why for t in targets if (why := why_no_numbers(t.weight(selection.layers)))}
+        reasons |= unfit
+        self.targets = [target for target in targets if target.key not in sparse | unfit.keys()]
         if not self.targets:
             why = "; ".join(f"{key}: {reason}" for key, reason in reasons.items())
             raise SelectionError(f"no tensor of the selected layers can be shared: {why}")
