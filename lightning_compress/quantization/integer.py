@@ -5,12 +5,12 @@ A layer becomes one by a change of its class: it keeps its settings, its hooks a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune, remove_weight_norm
 
 from lightning_compress.core.copies import own_class
 from lightning_compress.core.errors import ConfigurationError
@@ -158,7 +158,7 @@ def integer_layer(layer: LayerT, weights: Mapping[str, Mapping[str, Any]], bias:
     """Make integers of a quantized layer's weights, in place; values come from its quantizers.
 
     Args:
-        layer: A quantized layer; parametrizations of these weights are merged.
+        layer: A quantized layer; parametrizations of these weights are merged, torch's hooks on them too.
         weights: Arguments of :class:`IntegerTensor` but its shape, for each weight by name.
         bias: Whether it gets a bias of zeros if it has none, for a batch norm to fold into.
 
@@ -199,12 +199,27 @@ def _integers(layer: nn.Module, name: str, quantizer: Any, config: Mapping[str, 
     if parametrize.is_parametrized(holder, attribute):
         own_class(holder)
         parametrize.remove_parametrizations(holder, attribute, leave_parametrized=True)
+    _merge_hooks(holder, attribute)
     weight = weight_of(layer, name).detach()
     with torch.device(weight.device):
         made = IntegerTensor(tuple(weight.shape), **config).to(weight.dtype)
     scale, zero_point = quantizer.affine(weight)
     made.put(quantizer.quantize(weight), scale.expand(made.scale.shape), zero_point.expand(made.scale.shape))
     return made
+
+
+_HOOKS: tuple[tuple[tuple[str, ...], Callable[[Any, str], Any]], ...] = (
+    (("_orig", "_mask"), prune.remove),
+    (("_g", "_v"), remove_weight_norm),
+)
+"""Endings of what torch's own hooks compute a weight from before each pass, and what makes it a parameter again."""
+
+
+def _merge_hooks(holder: nn.Module, attribute: str) -> None:
+    """Take off hooks that would set the weight before each pass."""
+    for endings, remove in _HOOKS:
+        if all(hasattr(holder, attribute + ending) for ending in endings):
+            remove(holder, attribute)
 
 
 def _holder(layer: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -148,6 +148,8 @@ def why_not(layer: nn.Module) -> str:
         return "it renormalizes its own rows (max_norm)"
     if getattr(layer, "sparse", False):
         return "it has sparse gradients"
+    if hasattr(layer, "weight_orig") and hasattr(layer, "weight_u"):  # torch leaves one of its hooks when it is removed
+        return "torch.nn.utils.spectral_norm cannot be taken off it; use that of torch.nn.utils.parametrizations"
     return ""
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from networks import VISION, Audio, Branching, Small, Words, calibrate, quantize, randomize
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils import weight_norm as weight_norm_hook
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from lightning_compress import ConfigurationError, journal_of, load_compressed, save_compressed
@@ -19,7 +20,7 @@ from lightning_compress.quantization.convert import fold_batch_norm
 from lightning_compress.quantization.fixed import FixedQuantizer
 from lightning_compress.quantization.fixed_point.layers import fixed_point_output
 from lightning_compress.quantization.integer import integer_layer, integer_tensors
-from lightning_compress.quantization.layers import quantize_layer
+from lightning_compress.quantization.layers import quantize_layer, why_not
 from lightning_compress.quantization.nibbles import pack_integers, unpack_integers
 
 
@@ -331,3 +332,28 @@ def test_the_report_counts_integers_as_the_weights_they_stand_for(bits: int) -> 
 def dequantized(layer: nn.Module) -> Tensor:
     (tensor,) = integer_tensors(layer)
     return tensor()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weights_that_hooks_compute_become_integers(tmp_path) -> None:
+    """As ``torch.nn.utils.prune`` and the old weight norm leave them: set before each pass."""
+
+    def built() -> nn.Module:
+        torch.manual_seed(0)
+        pruned = prune.l1_unstructured(nn.Conv2d(1, 4, 3, bias=False), "weight", 0.5)
+        return nn.Sequential(pruned, nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), weight_norm_hook(nn.Linear(16, 2)))
+
+    x = torch.randn(8, 1, 4, 4)
+    model = calibrate(quantize(built().eval()), x)
+    converted = convert(model)
+    save_compressed(converted, tmp_path / "model.safetensors")
+    again = load_compressed(built(), tmp_path / "model.safetensors").eval()
+    with torch.no_grad():
+        assert torch.allclose(converted(x), model(x), atol=1e-5)
+        assert torch.equal(again(x), converted(x))
+    assert (converted[0].integer_weight.values == 0).float().mean() >= 0.5
+
+
+def test_the_old_spectral_norm_stays_float() -> None:
+    assert "parametrizations" in why_not(nn.utils.spectral_norm(nn.Linear(2, 2)))
+    assert not why_not(spectral_norm(nn.Linear(2, 2)))
