@@ -153,6 +153,8 @@ class _Placer:
                 points += places
                 if not places:
                     self._leave(operation, "no module returns or takes it alone; wrap this step in a module")
+                elif names := self._float_takers(operation):
+                    self._leave(operation, f"stays float, as {names} takes it as it is; make its last step a module")
         self._explain()
         return Placement(tuple(points), self._folds(), self.left)
 
@@ -236,6 +238,14 @@ class _Placer:
             or (user.kind in ("same", "relu") and self._wanted_through(user))
             for user in self.users[operation]
         )
+
+    def _float_takers(self, operation: Operation) -> str:
+        """Return the names of functions that take a value as it is, where layers take it quantized."""
+        if operation.kind == "input" or operation.path or self._returned_by(operation) or self._entered_by(operation):
+            return ""
+        users = [user for user in self.users[operation] if user.kind != "shape"]
+        missed = [user.label for user in users if not self._before(user, operation, "", False)]
+        return ", ".join(dict.fromkeys(missed)) if len(missed) < len(users) else ""
 
     def _returned_by(self, operation: Operation) -> str:
         """Return the path of the module whose output is a value and nothing else, if there is one."""

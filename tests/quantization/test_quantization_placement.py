@@ -144,9 +144,10 @@ class Around(nn.Module):
 
 @pytest.mark.parametrize("how", ["used outside", "called twice", "taken by two"])
 def test_blocks_that_do_not_take_a_value_alone_and_once_leave_it_to_their_layers(how: str) -> None:
-    found = places(place_quantizers(Around(how)))
-    assert ("block", "input") not in found
-    assert ("block.conv1", "input") in found
+    placement = place_quantizers(Around(how))
+    assert ("block", "input") not in places(placement)
+    assert ("block.conv1", "input") in places(placement)
+    assert "Conv2d + relu: stays float, as add takes it as it is" in placement.left[""]
 
 
 def test_audio_and_words() -> None:
