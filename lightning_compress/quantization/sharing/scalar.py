@@ -55,8 +55,7 @@ def uniform_codebook(values: Tensor, step: float, weights: Tensor | None = None)
     points = as_array(values, "values")
     if not step > 0:
         raise ConfigurationError(f"`step` must be a number above 0, got {step!r}")
-    _, codes = np.unique(np.floor(points / step + 0.5), return_inverse=True)
-    return _with_means(points, codes.reshape(-1), _importance(weights, points))
+    return _with_means(points, _ranks(np.floor(points / step + 0.5)), _importance(weights, points))
 
 
 def uniform_to_bits(values: Tensor, bits: float, clusters: int, weights: Tensor | None = None) -> Codebook:
@@ -164,6 +163,20 @@ def _least(quantize: Callable[[float], Codebook], low: float, high: float, bits:
         if high / low < 1.0001:
             break
     return found
+
+
+def _ranks(cells: Array) -> NDArray[np.intp]:
+    """Return the place of each cell among those that occur; counting is ten times as fast as sorting, if they are few.
+
+    >>> _ranks(np.array([5.0, -2.0, 5.0])).tolist()
+    [1, 0, 1]
+    """
+    low = cells.min()
+    if cells.max() - low >= _CELLS:
+        return np.unique(cells, return_inverse=True)[1].reshape(-1)
+    numbers = (cells - low).astype(np.intp)
+    places: NDArray[np.intp] = np.cumsum(np.bincount(numbers) > 0) - 1
+    return places[numbers]
 
 
 def _importance(weights: Tensor | None, points: Array) -> Array:
