@@ -272,7 +272,13 @@ def _fit(
 
 def build_callback(settings: Settings, name: str) -> Callback:
     """Build one of the named callbacks."""
-    callback = build(f"callbacks.{name}", settings.callbacks[name])
+    given = settings.callbacks[name]
+    if isinstance(given, Mapping) and "_target_" not in given:
+        raise ConfigurationError(
+            f"`callbacks.{name}` has no `_target_`, so nothing can be built of it: none of the chosen groups gives "
+            f"one; choose callbacks/compress=[...,{name}] too, or take {name!r} out of the `callbacks` of the stages"
+        )
+    callback = build(f"callbacks.{name}", given)
     if not isinstance(callback, Callback):
         raise ConfigurationError(f"`callbacks.{name}._target_` must build a Callback, got {type(callback).__name__}")
     return callback

@@ -86,6 +86,13 @@ def test_bad_input_gives_one_line(word: str, named: str, hint: str, tiny: Callab
     assert not Path("run/report.json").exists()
 
 
+def test_a_callback_whose_group_was_replaced_is_named(tiny: Callable[..., Any]) -> None:
+    result = tiny("callbacks/compress=[binary]", "+callbacks.prune.schedule.final=0.5")
+    assert result.code == 2
+    assert "error: `callbacks.prune` has no `_target_`" in result.err
+    assert "callbacks/compress=[...,prune] too" in result.err
+
+
 def test_apply_takes_methods_only(tiny: Callable[..., Any]) -> None:
     result = tiny(
         *("+stages.last.apply=[timer]", "+callbacks.timer._target_=lightning.pytorch.callbacks.Timer"),
