@@ -115,7 +115,7 @@ def _classes(
     moved = map_tensors(lambda tensor: tensor.to(device), batch)
     if predict is not None:
         return predict(model, moved).cpu()
-    outputs = model(_first_input(moved))
+    outputs = model(_typed(model, _first_input(moved)))
     if isinstance(outputs, Tensor) and _regression(outputs, batch):
         raise _UnknownError("the targets are quantities, not classes, so no prediction can flip")
     if not isinstance(outputs, Tensor):
@@ -142,6 +142,12 @@ def _regression(outputs: Tensor, batch: object) -> bool:
         return bool((targets != targets.round()).any())
     shares = bool((targets >= 0).all()) and torch.allclose(targets.sum(1), targets.new_ones(()), atol=1e-3)
     return not shares and not bool(torch.isin(targets, targets.new_tensor([0, 1])).all())
+
+
+def _typed(model: nn.Module, x: Tensor) -> Tensor:
+    """Return inputs in the type of a model that has one, as Trainers with precision bf16-true give them."""
+    types = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return x.to(types.pop()) if x.is_floating_point() and len(types) == 1 else x
 
 
 def _first_input(batch: object) -> Tensor:

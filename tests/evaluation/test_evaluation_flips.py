@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -102,3 +104,11 @@ def test_modes_are_given_back():
     assert prediction_flip_rate(net, net, [torch.randn(50, 2)]) == 0.0
     assert net.training
     assert net[1].training
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_other_types_get_inputs_of_theirs(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3)
+    other = copy.deepcopy(net).to(dtype)
+    assert prediction_flip_rate(net, other, [torch.eye(4)]) == 0.0
