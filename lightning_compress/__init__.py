@@ -6,7 +6,6 @@ from lightning_compress.core.checkpoint import (
     ArtifactInfo,
     inspect_compressed,
     load_compressed,
-    load_from_checkpoint,
     save_compressed,
 )
 from lightning_compress.core.compress import compress
@@ -19,6 +18,7 @@ from lightning_compress.core.errors import (
 )
 from lightning_compress.core.hooks import install_hooks, journal_of
 from lightning_compress.core.journal import Edit, Journal
+from lightning_compress.core.lightning_checkpoint import load_from_checkpoint
 from lightning_compress.core.schedule import Schedule
 from lightning_compress.core.select import Select
 from lightning_compress.core.verbs import apply, register_kind

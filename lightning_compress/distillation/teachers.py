@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.core.checkpoint import load_from_checkpoint
 from lightning_compress.core.copies import full_copy
 from lightning_compress.core.errors import ConfigurationError
 from lightning_compress.core.isolation import map_tensors
+from lightning_compress.core.lightning_checkpoint import load_from_checkpoint
 from lightning_compress.core.paths import clean_path, get_layer, named_layers, original
 from lightning_compress.distillation.functions import FunctionTeacher
 from lightning_compress.distillation.loading import load_weights

@@ -18,12 +18,12 @@ from lightning_compress.coding.state import pack_state
 from lightning_compress.core.checkpoint import (
     inspect_compressed,
     load_compressed,
-    load_from_checkpoint,
     save_compressed,
 )
 from lightning_compress.core.errors import ArtifactError, ConfigurationError, JournalMismatchError
 from lightning_compress.core.hooks import install_hooks, journal_of
 from lightning_compress.core.journal import Edit, Journal
+from lightning_compress.core.lightning_checkpoint import load_from_checkpoint
 from lightning_compress.core.verbs import apply, register_kind
 
 
